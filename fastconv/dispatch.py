@@ -1,0 +1,86 @@
+"""Which implementation an op runs: its Triton kernel or its native formulation in PyTorch ops.
+
+`auto` takes Triton for tensors on a GPU that Triton supports, and for any tensor when TRITON_INTERPRET=1 (then the
+kernels run in Triton's interpreter); otherwise `native`, which is fast on a CPU and traceable by torch.compile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator
+
+import torch
+
+BACKENDS = ("auto", "triton", "native")
+
+# The oldest NVIDIA capability that the kernels are compiled and tested for (Ampere).
+_MIN_CAPABILITY = (8, 0)
+
+_current = "auto"
+
+
+def check_backend(name: str) -> str:
+    """name if it is a backend's name; raises ValueError otherwise."""
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(map(repr, BACKENDS))}")
+    return name
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Context in which every op runs the named implementation: "auto", "triton" or "native".
+
+    "triton" raises where an op has a kernel that can't run on its tensors; ops without a kernel run natively.
+    The choice holds for the whole process, as torch.backends' do, not for one thread.
+
+    Raises: ValueError for another name.
+    """
+    global _current
+    before, _current = _current, check_backend(name)
+    try:
+        yield
+    finally:
+        _current = before
+
+
+# The package triton exists for Linux only.
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+# Read once, as Triton reads it: a kernel is bound to the interpreter or to the compiler when it is defined.
+_INTERPRETING = _TRITON_INSTALLED and os.environ.get("TRITON_INTERPRET", "0").lower() in (
+    "1",
+    "true",
+    "on",
+    "yes",
+    "y",
+)
+
+
+@functools.cache
+def _unsupported(device: torch.device) -> str | None:
+    """Why Triton can't run on `device`; None where it can."""
+    if not _TRITON_INSTALLED:
+        return "the package triton is not installed"
+    if device.type != "cuda":
+        return f"tensors on {device.type!r} need TRITON_INTERPRET=1"
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and capability < _MIN_CAPABILITY:
+        return f"{torch.cuda.get_device_name(device)} has compute capability {capability}, need {_MIN_CAPABILITY}"
+    return None
+
+
+def use_triton(x: torch.Tensor) -> bool:
+    """Whether an op on x runs its Triton kernel. Raises: RuntimeError if "triton" was asked for and can't run."""
+    if _current == "native":
+        return False
+    if _INTERPRETING and x.device.type == "cpu":
+        return True
+    if _current == "auto" and x.device.type != "cuda":
+        return False
+    reason = _unsupported(x.device)
+    if reason is not None and _current == "triton":
+        raise RuntimeError(f"backend 'triton' can't run: {reason}; use backend 'auto' or 'native'")
+    return reason is None

@@ -1,0 +1,19 @@
+"""Triton kernels, their launch configs and their launchers: tensor in, tensor out; no autograd, no torch.library.
+
+One file an op, read top to bottom: forward kernel, backward kernels, config and `pick_config`, launchers, `launches`.
+
+Names, the same in every file:
+
+- dimensions: B batch, S sequence, T tokens (B*S), H heads, D head size, C channels, K taps of a convolution,
+  G groups; M, N, K only inside matrix products;
+- arguments: input pointers, output pointers, sizes, strides, scalars, constexprs; `x_ptr`, `stride_xt`,
+  `BLOCK_T`, `HAS_BIAS`; in the body `pid_t`, `offs_t`, `mask_t`, `acc`; gradients `dx`, `dw`, `dy`;
+- functions: `_<op>_fwd_kernel`, `_<op>_bwd_<what>_kernel`; launchers `<op>_fwd`, `<op>_bwd`.
+
+Rules: every load is upcast at once and every store casts back (the interpreter's bf16 arithmetic is wrong without an
+error); address arithmetic is int64; sums that cross programs go through partial sums, never through atomics, so that
+two runs give the same bits.
+
+`launches(dtype)` of a module makes every launch that its `pick_config` can choose, on the tensors that it is handed;
+the ahead-of-time gate records and compiles them.
+"""

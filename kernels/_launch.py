@@ -1,0 +1,47 @@
+"""What every launcher needs: the tensor's device as the current one, the card's capability, and its number of SMs."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import torch
+from triton import knobs
+
+# Without a GPU the interpreter runs the programs one after the other: a few are enough to exercise a two-stage sum.
+_INTERPRETER_SMS = 4
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1), on CPU tensors."""
+    return bool(knobs.runtime.interpret)
+
+
+def device_of(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Context in which Triton launches on x's device and stream.
+
+    Triton takes the current device: without this, a model on cuda:1 would read another card's memory.
+    """
+    return torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext()
+
+
+@functools.cache
+def _properties(device_index: int) -> tuple[int, int]:
+    p = torch.cuda.get_device_properties(device_index)
+    return 10 * p.major + p.minor, p.multi_processor_count
+
+
+def capability(x: torch.Tensor) -> int:
+    """Compute capability of x's card as one number (90 for Hopper), 0 for a CPU tensor."""
+    return _properties(x.device.index)[0] if x.is_cuda else 0
+
+
+def sm_count(x: torch.Tensor) -> int:
+    """Number of multiprocessors of x's card."""
+    return _properties(x.device.index)[1] if x.is_cuda else _INTERPRETER_SMS
+
+
+def rows(x: torch.Tensor) -> torch.Tensor:
+    """x (..., C) as (T, C) with a contiguous last dimension: a view where the strides allow it, else a copy."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()

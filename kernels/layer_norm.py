@@ -1,0 +1,380 @@
+"""LayerNorm with what stands before it in an encoder layer: y = LayerNorm(dropout(x + x_bias) + residual).
+
+    z = dropout(x + x_bias) + residual          mean, rstd over the C channels of a token, in fp32
+    y = (z - mean) * rstd * weight + bias
+
+Forward: one program owns BLOCK_T tokens with all their channels, so a token is read once and its statistics never
+leave the registers. Reads x and residual, writes y, and z when a backward will need it: (2..4) * T * C elements.
+
+Backward: a program owns a strided set of token blocks and keeps its sums for weight, bias and x_bias in registers; a
+second kernel adds the programs' partial sums in a fixed order. Reads dy and z, writes dx (and the residual's
+gradient where dropout or its dtype makes it another): (3..4) * T * C elements.
+
+    g = dy * weight;  dz = rstd * (g - mean(g) - xhat * mean(g * xhat));  dx = dropout'(dz);  dresidual = dz
+
+Layer normalization: Ba, Kiros, Hinton, arXiv 1607.06450, section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _launch
+from ._dropout import keep_mask
+
+MAX_CHANNELS = 8192  # one program holds a whole token in registers: 16 values a thread at 512 threads
+
+
+@triton.jit
+def _layer_norm_fwd_kernel(
+    x_ptr,  # (T, C)
+    x_bias_ptr,  # (C,)
+    residual_ptr,  # (T, C)
+    weight_ptr,  # (C,)
+    bias_ptr,  # (C,)
+    seed_ptr,  # ()
+    y_ptr,  # (T, C) contiguous
+    z_ptr,  # (T, C) contiguous
+    mean_ptr,  # (T,) fp32
+    rstd_ptr,  # (T,) fp32
+    T,
+    C,
+    stride_xt,
+    stride_rt,
+    eps,
+    dropout_p,
+    dropout_scale,
+    ACC: tl.constexpr,
+    HAS_X_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SAVE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    # One program: tokens [pid_t * BLOCK_T, +BLOCK_T), all channels.
+    pid_t = tl.program_id(0).to(tl.int64)
+    offs_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_c = tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    mask = (offs_t < T)[:, None] & mask_c[None, :]
+
+    z = tl.load(x_ptr + offs_t[:, None] * stride_xt + offs_c[None, :], mask=mask, other=0.0).to(ACC)
+    if HAS_X_BIAS:
+        z += tl.load(x_bias_ptr + offs_c, mask=mask_c, other=0.0).to(ACC)[None, :]
+    if HAS_DROPOUT:
+        keep = keep_mask(seed_ptr, offs_t, dropout_p, BLOCK_T, BLOCK_C)
+        z = tl.where(keep, z * dropout_scale, 0.0)
+    if HAS_RESIDUAL:
+        z += tl.load(residual_ptr + offs_t[:, None] * stride_rt + offs_c[None, :], mask=mask, other=0.0).to(ACC)
+
+    if HAS_X_BIAS or HAS_DROPOUT or HAS_RESIDUAL:
+        # The backward reads z as it is stored: statistics of that z, or xhat would not be centred.
+        z = z.to(y_ptr.dtype.element_ty).to(ACC)
+
+    # Two passes over registers: no cancellation when the mean is large against the deviation.
+    mean = tl.sum(z, axis=1) / C
+    centred = tl.where(mask_c[None, :], z - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / C + eps)
+
+    y = centred * rstd[:, None] * tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(ACC)[None, :]
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(ACC)[None, :]
+    offs_y = offs_t[:, None] * C + offs_c[None, :]
+    tl.store(y_ptr + offs_y, y.to(y_ptr.dtype.element_ty), mask=mask)
+    if SAVE:
+        if HAS_X_BIAS or HAS_DROPOUT or HAS_RESIDUAL:
+            tl.store(z_ptr + offs_y, z.to(z_ptr.dtype.element_ty), mask=mask)
+        tl.store(mean_ptr + offs_t, mean, mask=offs_t < T)
+        tl.store(rstd_ptr + offs_t, rstd, mask=offs_t < T)
+
+
+@triton.jit
+def _layer_norm_bwd_kernel(
+    dy_ptr,  # (T, C)
+    z_ptr,  # (T, C)
+    weight_ptr,  # (C,)
+    mean_ptr,  # (T,) fp32
+    rstd_ptr,  # (T,) fp32
+    seed_ptr,  # ()
+    dx_ptr,  # (T, C) contiguous
+    dresidual_ptr,  # (T, C) contiguous
+    partial_ptr,  # (2 or 3, programs, C) fp32: sums for weight, bias and x_bias
+    T,
+    C,
+    stride_dyt,
+    stride_zt,
+    dropout_p,
+    dropout_scale,
+    ACC: tl.constexpr,
+    HAS_X_BIAS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    HAS_DRESIDUAL: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    # One program: token blocks pid, pid + programs, pid + 2 * programs, ..., all channels.
+    pid = tl.program_id(0)
+    programs = tl.num_programs(0)
+    offs_c = tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    weight = tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(ACC)[None, :]
+    dweight = tl.zeros((BLOCK_C,), ACC)
+    dbias = tl.zeros((BLOCK_C,), ACC)
+    dx_bias = tl.zeros((BLOCK_C,), ACC)
+
+    for block in range(pid, tl.cdiv(T, BLOCK_T), programs):
+        offs_t = tl.cast(block, tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+        mask_t = offs_t < T
+        mask = mask_t[:, None] & mask_c[None, :]
+        dy = tl.load(dy_ptr + offs_t[:, None] * stride_dyt + offs_c[None, :], mask=mask, other=0.0).to(ACC)
+        z = tl.load(z_ptr + offs_t[:, None] * stride_zt + offs_c[None, :], mask=mask, other=0.0).to(ACC)
+        mean = tl.load(mean_ptr + offs_t, mask=mask_t, other=0.0)[:, None]
+        rstd = tl.load(rstd_ptr + offs_t, mask=mask_t, other=0.0)[:, None]
+        # dy is 0 outside the mask, so xhat may be anything finite there.
+        xhat = (z - mean) * rstd
+        dweight += tl.sum(dy * xhat, axis=0)
+        dbias += tl.sum(dy, axis=0)
+
+        g = dy * weight
+        mean_g = (tl.sum(g, axis=1) / C)[:, None]
+        mean_gx = (tl.sum(g * xhat, axis=1) / C)[:, None]
+        dz = (g - mean_g - xhat * mean_gx) * rstd
+        offs_dx = offs_t[:, None] * C + offs_c[None, :]
+        if HAS_DRESIDUAL:
+            tl.store(dresidual_ptr + offs_dx, dz.to(dresidual_ptr.dtype.element_ty), mask=mask)
+        if HAS_DROPOUT:
+            keep = keep_mask(seed_ptr, offs_t, dropout_p, BLOCK_T, BLOCK_C)
+            dz = tl.where(keep, dz * dropout_scale, 0.0)
+        if HAS_X_BIAS:
+            dx_bias += tl.sum(tl.where(mask, dz, 0.0), axis=0)
+        tl.store(dx_ptr + offs_dx, dz.to(dx_ptr.dtype.element_ty), mask=mask)
+
+    offs_p = pid.to(tl.int64) * C + offs_c
+    size_p = programs.to(tl.int64) * C
+    tl.store(partial_ptr + offs_p, dweight, mask=mask_c)
+    tl.store(partial_ptr + size_p + offs_p, dbias, mask=mask_c)
+    if HAS_X_BIAS:
+        tl.store(partial_ptr + 2 * size_p + offs_p, dx_bias, mask=mask_c)
+
+
+@triton.jit
+def _layer_norm_bwd_reduce_kernel(
+    partial_ptr,  # (sums, P, C) fp32
+    out_ptr,  # (sums, C) fp32
+    P,
+    C,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    # One program: one of the sums for BLOCK_C channels, all P partial sums in order.
+    pid_c = tl.program_id(0)
+    partial_ptr += tl.program_id(1).to(tl.int64) * P * C
+    offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    acc = tl.zeros((BLOCK_P, BLOCK_C), out_ptr.dtype.element_ty)
+    for p in range(0, P, BLOCK_P):
+        offs_p = p + tl.arange(0, BLOCK_P)
+        mask = (offs_p < P)[:, None] & mask_c[None, :]
+        acc += tl.load(partial_ptr + offs_p[:, None].to(tl.int64) * C + offs_c[None, :], mask=mask, other=0.0)
+    tl.store(out_ptr + tl.program_id(1) * C + offs_c, tl.sum(acc, axis=0), mask=mask_c)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Launch parameters of the forward and of the backward kernel."""
+
+    block_t: int
+    block_c: int
+    num_warps: int
+
+
+# The values of one tile that a thread holds: enough independent 16-byte loads in flight, few enough registers that the
+# backward, with its running sums, doesn't spill on any target (the ahead-of-time gate checks it).
+_FWD_TILE, _BWD_TILE, _PER_THREAD = 4096, 2048, 16
+
+# The second stage: 32 channels are one 128-byte line of fp32.
+_REDUCE = Config(block_t=32, block_c=32, num_warps=4)
+
+
+def pick_config(shape: tuple[int, int], *, backward: bool = False) -> Config:
+    """Launch config for x of `shape` (T, C). Not tuned on a card yet: the rule keeps a thread at 16 values."""
+    tokens, channels = shape
+    block_c = max(4, triton.next_power_of_2(channels))
+    block_t = max(1, min(64, (_BWD_TILE if backward else _FWD_TILE) // block_c))
+    # Few tokens: one program each, so that they spread over the card.
+    if tokens < 1024 and not backward:
+        block_t = min(block_t, 1 if block_c >= 512 else 512 // block_c)
+    threads = block_t * block_c // _PER_THREAD
+    return Config(block_t, block_c, num_warps=max(1, min(16, threads // 32)))
+
+
+def _acc(dtype: torch.dtype) -> tl.dtype:
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def _acc_torch(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _scale(dropout_p: float) -> float:
+    return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+
+
+def layer_norm_fwd(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    x_bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    dropout_p: float,
+    seed: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """y, and with `save` z, mean and rstd for the backward (z is None where x itself is z).
+
+    x (..., C) any float dtype; weight, bias, x_bias (C,); residual like x; seed () int64 on x's device;
+    y and z have x's shape and `out_dtype`; mean and rstd (T,) fp32 (fp64 for fp64).
+    """
+    shape, x = x.shape, _launch.rows(x)
+    tokens, channels = x.shape
+    residual_2d = None if residual is None else _launch.rows(residual)
+    fused = x_bias is not None or residual is not None or dropout_p > 0.0
+    y = torch.empty(shape, dtype=out_dtype, device=x.device)
+    z = torch.empty(shape, dtype=out_dtype, device=x.device) if save and fused else None
+    stats = _acc_torch(out_dtype)
+    mean = torch.empty(tokens, dtype=stats, device=x.device) if save else None
+    rstd = torch.empty(tokens, dtype=stats, device=x.device) if save else None
+    if tokens == 0:
+        return y, z, mean, rstd
+    config = pick_config((tokens, channels))
+    with _launch.device_of(x):
+        _layer_norm_fwd_kernel[(triton.cdiv(tokens, config.block_t),)](
+            x,
+            x_bias,
+            residual_2d,
+            weight,
+            bias,
+            seed,
+            y,
+            z,
+            mean,
+            rstd,
+            tokens,
+            channels,
+            x.stride(0),
+            0 if residual_2d is None else residual_2d.stride(0),
+            eps,
+            dropout_p,
+            _scale(dropout_p),
+            ACC=_acc(out_dtype),
+            HAS_X_BIAS=x_bias is not None,
+            HAS_RESIDUAL=residual is not None,
+            HAS_DROPOUT=dropout_p > 0.0,
+            HAS_BIAS=bias is not None,
+            SAVE=save,
+            BLOCK_T=config.block_t,
+            BLOCK_C=config.block_c,
+            num_warps=config.num_warps,
+        )
+    return y, z, mean, rstd
+
+
+def layer_norm_bwd(
+    dy: torch.Tensor,
+    z: torch.Tensor,
+    weight: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    dropout_p: float,
+    seed: torch.Tensor | None,
+    has_x_bias: bool,
+    dx_dtype: torch.dtype,
+    dresidual_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """dx, dresidual and the sums (2 or 3, C): dweight, dbias and, if asked, dx_bias.
+
+    dy and z (..., C); dx has `dx_dtype`; dresidual is written if it has a dtype: without dropout it equals dx, so that
+    only another dtype is a reason to ask for it. The sums are fp32 (fp64 for fp64).
+    """
+    shape, dy, z2 = dy.shape, _launch.rows(dy), _launch.rows(z)
+    tokens, channels = dy.shape
+    dx = torch.empty(shape, dtype=dx_dtype, device=dy.device)
+    dresidual = None if dresidual_dtype is None else torch.empty(shape, dtype=dresidual_dtype, device=dy.device)
+    sums = 3 if has_x_bias else 2
+    if tokens == 0:
+        return dx, dresidual, torch.zeros(sums, channels, dtype=mean.dtype, device=dy.device)
+    config = pick_config((tokens, channels), backward=True)
+    programs = min(triton.cdiv(tokens, config.block_t), 2 * _launch.sm_count(dy))
+    partial = torch.empty(sums, programs, channels, dtype=mean.dtype, device=dy.device)
+    out = torch.empty(sums, channels, dtype=mean.dtype, device=dy.device)
+    with _launch.device_of(dy):
+        _layer_norm_bwd_kernel[(programs,)](
+            dy,
+            z2,
+            weight,
+            mean,
+            rstd,
+            seed,
+            dx,
+            dresidual,
+            partial,
+            tokens,
+            channels,
+            dy.stride(0),
+            z2.stride(0),
+            dropout_p,
+            _scale(dropout_p),
+            ACC=_acc(mean.dtype),
+            HAS_X_BIAS=has_x_bias,
+            HAS_DROPOUT=dropout_p > 0.0,
+            HAS_DRESIDUAL=dresidual is not None,
+            BLOCK_T=config.block_t,
+            BLOCK_C=config.block_c,
+            num_warps=config.num_warps,
+        )
+        _layer_norm_bwd_reduce_kernel[(triton.cdiv(channels, _REDUCE.block_c), sums)](
+            partial,
+            out,
+            programs,
+            channels,
+            BLOCK_P=_REDUCE.block_t,
+            BLOCK_C=_REDUCE.block_c,
+            num_warps=_REDUCE.num_warps,
+        )
+    return dx, dresidual, out
+
+
+def launches(dtype: torch.dtype, device: torch.device) -> Iterator[str]:
+    """Make every launch that `pick_config` can choose, on empty tensors; yields a name after each.
+
+    C runs over every block size, T over both of the forward's branches; the flags over the two cases that models have
+    (a norm alone; bias, dropout and residual before it), the second with and without dropout.
+    """
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    seed = torch.empty((), dtype=torch.int64, device=device)
+    # 384 and 768 are the models' sizes that are no power of two.
+    for channels in (16, 32, 64, 128, 256, 384, 512, 768, 1024, 2048, 4096, MAX_CHANNELS):
+        weight, bias = empty(channels), empty(channels)
+        for tokens in (128, 4096):
+            x, r = empty(tokens, channels), empty(tokens, channels)
+            for x_bias, residual, p in ((None, None, 0.0), (bias, r, 0.0), (bias, r, 0.1)):
+                name = f"C={channels} T={tokens} fused={residual is not None} p={p}"
+                _, z, mean, rstd = layer_norm_fwd(x, weight, bias, 1e-12, x_bias, residual, p, seed, dtype, True)
+                assert mean is not None and rstd is not None
+                yield f"layer_norm_fwd {name}"
+                split = dtype if p > 0.0 else None
+                z = x if z is None else z
+                layer_norm_bwd(x, z, weight, mean, rstd, p, seed, x_bias is not None, dtype, split)
+                yield f"layer_norm_bwd {name}"

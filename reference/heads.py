@@ -1,0 +1,253 @@
+"""The heads, written once for all families: how hidden states become logits and a loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .config import Config
+from .model import Model, choose, maybe_tuple
+from .outputs import (
+    MaskedLMOutput,
+    ModelOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+
+
+def head_dropout(config: Config) -> float:
+    """The dropout probability before a classifier."""
+    return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+
+
+class HeadModel(Model):
+    """An encoder with one output: subclasses say how logits come from its outputs, and the loss from logits."""
+
+    output_class: type[Any]
+
+    def logits(self, outputs: ModelOutput) -> Tensor:
+        """The logits from what the encoder returns."""
+        raise NotImplementedError
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss, a scalar."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """The arguments of the base model, and `labels`; with labels the output has a loss.
+
+        Raises:
+            ValueError, TypeError, IndexError: as the base model; labels of a wrong shape.
+        """
+        outputs = self.base_model(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            head_mask,
+            inputs_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        logits = self.logits(outputs)
+        output = self.output_class(
+            loss=None if labels is None else self.loss(logits, labels),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return maybe_tuple(output, choose(return_dict, self.config.return_dict))
+
+
+class MaskedLM(HeadModel):
+    """Logits over the vocabulary for every token. labels: (B, S), -100 is ignored."""
+
+    output_class = MaskedLMOutput
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return token_loss(logits, labels)
+
+
+class TokenClassification(HeadModel):
+    """A label for every token. labels: (B, S), -100 is ignored."""
+
+    output_class = TokenClassifierOutput
+
+    def logits(self, outputs: ModelOutput) -> Tensor:
+        return self.classifier(self.dropout(outputs["last_hidden_state"]))
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return token_loss(logits, labels)
+
+
+class SequenceClassification(HeadModel):
+    """Labels for a sequence, by `config.problem_type`; if that is None, num_labels and the labels' dtype decide.
+
+    labels: (B,) ids for single_label_classification; (B, num_labels) of 0 and 1 for multi_label_classification;
+    (B, num_labels), or (B,) for one label, for regression.
+    """
+
+    output_class = SequenceClassifierOutput
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        kind = self.config.problem_type
+        if kind is None:
+            kind = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+            kind = "regression" if self.config.num_labels == 1 else kind
+        if kind == "single_label_classification":
+            check_labels(labels, tuple(logits.shape[:-1]))
+            return F.cross_entropy(logits, labels.view(-1))
+        if kind == "regression" and logits.shape[-1] == 1 and labels.dim() == 1:
+            labels = labels[:, None]
+        check_labels(labels, tuple(logits.shape))
+        labels = labels.to(logits.dtype)
+        if kind == "regression":
+            return F.mse_loss(logits, labels)
+        return F.binary_cross_entropy_with_logits(logits, labels)
+
+
+class MultipleChoice(HeadModel):
+    """One score for each of N choices. Every input is (B, N, S), inputs_embeds (B, N, S, E); labels: (B,)."""
+
+    output_class = MultipleChoiceModelOutput
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """As the other heads, with one dimension more, N, after the batch.
+
+        Raises:
+            ValueError, TypeError, IndexError: as the base model; an input without the dimension of the choices.
+        """
+        given = inputs_embeds if input_ids is None else input_ids
+        if given is None:
+            raise ValueError("give exactly one of input_ids and inputs_embeds, got neither")
+        batch, choices = given.shape[:2]
+        output = super().forward(
+            flatten_choices("input_ids", input_ids, 3),
+            flatten_choices("attention_mask", attention_mask, 3),
+            flatten_choices("token_type_ids", token_type_ids, 3),
+            flatten_choices("position_ids", position_ids, 3),
+            head_mask,
+            flatten_choices("inputs_embeds", inputs_embeds, 4),
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        output.logits = output.logits.reshape(batch, choices)
+        if labels is not None:
+            check_labels(labels, (batch,))
+            output.loss = F.cross_entropy(output.logits, labels)
+        return maybe_tuple(output, choose(return_dict, self.config.return_dict))
+
+
+class QuestionAnswering(Model):
+    """Where an answer starts and ends: two scores for every token."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        if config.num_labels != 2:
+            raise ValueError(f"num_labels must be 2 (start and end) for question answering, got {config.num_labels}")
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        *,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """The arguments of the base model, and the positions, (B,) or (B, 1); those outside the sequence are ignored.
+
+        Raises:
+            ValueError, TypeError, IndexError: as the base model; positions of a wrong shape.
+        """
+        outputs = self.base_model(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            head_mask,
+            inputs_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            start_loss = position_loss("start_positions", start_logits, start_positions)
+            loss = (start_loss + position_loss("end_positions", end_logits, end_positions)) / 2
+        output = QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_logits.contiguous(),
+            end_logits=end_logits.contiguous(),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return maybe_tuple(output, choose(return_dict, self.config.return_dict))
+
+
+def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean cross-entropy over the tokens whose label is not -100: NaN if there is none."""
+    check_labels(labels, tuple(logits.shape[:-1]))
+    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))
+
+
+def position_loss(name: str, logits: Tensor, positions: Tensor) -> Tensor:
+    """The cross-entropy of positions, (B,) or (B, 1), against logits (B, S); a position of S or more is ignored."""
+    B, S = logits.shape
+    if tuple(positions.shape) not in ((B,), (B, 1)):
+        raise ValueError(f"{name} must have shape (B,) = {(B,)}, got {tuple(positions.shape)}")
+    return F.cross_entropy(logits, positions.reshape(B).clamp(0, S), ignore_index=S)
+
+
+def check_labels(labels: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless labels have this shape."""
+    if tuple(labels.shape) != shape:
+        raise ValueError(f"labels must have shape {shape}, got {tuple(labels.shape)}")
+
+
+def flatten_choices(name: str, tensor: Tensor | None, dim: int) -> Tensor | None:
+    """(B, N, ...) -> (B*N, ...)."""
+    if tensor is None:
+        return None
+    if tensor.dim() != dim:
+        raise ValueError(f"{name} must have {dim} dimensions, (B, choices, S, ...), got {tuple(tensor.shape)}")
+    return tensor.flatten(0, 1)

@@ -1,0 +1,223 @@
+"""The layers that the families share. Attribute names give the parameter names of the published checkpoints."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .config import Config, ConvBertConfig
+
+
+class SelfAttention(Protocol):
+    """What every family's self-attention module can do."""
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        head_mask: Tensor | None,
+        output_attentions: bool,
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+
+class Embeddings(nn.Module):
+    """LayerNorm(word + position + token type), then dropout."""
+
+    def __init__(self, config: Config, size: int) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, size, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, size)
+        self.LayerNorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """ids (B, S), or inputs_embeds (B, S, E) -> (B, S, E). Positions count from 0, token types are 0 by default."""
+        words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if position_ids is None:
+            position_ids = torch.arange(words.shape[1], device=words.device)
+        if token_type_ids is None:
+            token_type_ids = torch.zeros(1, words.shape[1], dtype=torch.long, device=words.device)
+        summed = words + self.position_embeddings(position_ids) + self.token_type_embeddings(token_type_ids)
+        return self.dropout(self.LayerNorm(summed))
+
+
+class GroupedLinear(nn.Module):
+    """A linear layer over groups of channels: see `ops.grouped_linear`."""
+
+    def __init__(self, size_in: int, size_out: int, num_groups: int) -> None:
+        super().__init__()
+        self.num_groups = num_groups
+        self.weight = nn.Parameter(torch.empty(num_groups, size_in // num_groups, size_out // num_groups))
+        self.bias = nn.Parameter(torch.zeros(size_out))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., size_in) -> (..., size_out)."""
+        return ops.grouped_linear(x, self.weight, self.bias)
+
+
+class SeparableConv1D(nn.Module):
+    """A depthwise and a pointwise convolution along the sequence: see `ops.separable_conv`."""
+
+    def __init__(self, size_in: int, size_out: int, kernel_size: int) -> None:
+        super().__init__()
+        padding = kernel_size // 2
+        self.depthwise = nn.Conv1d(size_in, size_in, kernel_size, padding=padding, groups=size_in, bias=False)
+        self.pointwise = nn.Conv1d(size_in, size_out, 1, bias=False)
+        self.bias = nn.Parameter(torch.zeros(size_out, 1))
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """(B, S, size_in), gate (B, S, size_out) -> (B, S, size_out)."""
+        return ops.separable_conv(x, self.depthwise.weight, self.pointwise.weight, self.bias, gate=gate)
+
+
+def feed_forward_linear(config: Config, size_in: int, size_out: int) -> nn.Module:
+    """The linear layer of a feed-forward network: grouped if a ConvBERT config asks for groups."""
+    if isinstance(config, ConvBertConfig) and config.num_groups > 1:
+        return GroupedLinear(size_in, size_out, config.num_groups)
+    return nn.Linear(size_in, size_out)
+
+
+class ResidualOutput(nn.Module):
+    """LayerNorm(dropout(dense(hidden)) + input): the end of the attention and of the feed-forward network."""
+
+    def __init__(self, config: Config, dense: nn.Module) -> None:
+        super().__init__()
+        self.dense = dense
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        """(B, S, I), (B, S, C) -> (B, S, C)."""
+        return self.LayerNorm(self.dropout(self.dense(hidden_states)) + input_tensor)
+
+
+class Intermediate(nn.Module):
+    """activation(dense(hidden)): the first half of the feed-forward network."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.dense = feed_forward_linear(config, config.hidden_size, config.intermediate_size)
+        self.activation = config.hidden_act
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, S, C) -> (B, S, I)."""
+        return ops.get_activation(self.activation)(self.dense(hidden_states))
+
+
+class Attention(nn.Module):
+    """Self-attention and what follows it. `self` is the module's name in the checkpoints."""
+
+    def __init__(self, config: Config, self_attention: nn.Module) -> None:
+        super().__init__()
+        self.self = self_attention
+        self.output = ResidualOutput(config, nn.Linear(config.hidden_size, config.hidden_size))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, S, C) -> (B, S, C), and the probabilities (B, H, S, S) or None."""
+        context, probabilities = self.self(hidden_states, attention_mask, head_mask, output_attentions)
+        return self.output(context, hidden_states), probabilities
+
+
+class EncoderLayer(nn.Module):
+    """One layer: attention, then the feed-forward network, in chunks of tokens if the config says so."""
+
+    def __init__(self, config: Config, self_attention: nn.Module) -> None:
+        super().__init__()
+        self.chunk_size_feed_forward = config.chunk_size_feed_forward
+        self.attention = Attention(config, self_attention)
+        self.intermediate = Intermediate(config)
+        self.output = ResidualOutput(config, feed_forward_linear(config, config.intermediate_size, config.hidden_size))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, S, C) -> (B, S, C), and the probabilities (B, H, S, S) or None."""
+        attended, probabilities = self.attention(hidden_states, attention_mask, head_mask, output_attentions)
+        size = self.chunk_size_feed_forward
+        if size == 0:
+            return self.output(self.intermediate(attended), attended), probabilities
+        if attended.shape[1] % size:
+            raise ValueError(
+                f"the sequence length must be divisible by chunk_size_feed_forward {size}, got {attended.shape[1]}"
+            )
+        chunks = [self.output(self.intermediate(chunk), chunk) for chunk in attended.split(size, dim=1)]
+        return torch.cat(chunks, dim=1), probabilities
+
+
+class Encoder(nn.Module):
+    """The stack of layers."""
+
+    def __init__(self, layers: list[EncoderLayer]) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(layers)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
+        """(B, S, C) -> the last hidden state, all hidden states (the input first) or None, all attentions or None.
+
+        attention_mask is additive, broadcastable to (B, H, S, S); head_mask has one entry a layer.
+        """
+        states, attentions = [hidden_states], []
+        for index, layer in enumerate(self.layer):
+            layer_head_mask = None if head_mask is None else head_mask[index]
+            hidden_states, probabilities = layer(hidden_states, attention_mask, layer_head_mask, output_attentions)
+            states.append(hidden_states)
+            attentions.append(probabilities)
+        return (
+            hidden_states,
+            tuple(states) if output_hidden_states else None,
+            tuple(attentions) if output_attentions else None,
+        )
+
+
+class Pooler(nn.Module):
+    """tanh(dense(first token))."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, S, C) -> (B, C)."""
+        return torch.tanh(self.dense(hidden_states[:, 0]))
+
+
+class PredictionTransform(nn.Module):
+    """LayerNorm(activation(dense(hidden))): what a masked language model does before its decoder."""
+
+    def __init__(self, config: Config, size_out: int, activation: str) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, size_out)
+        self.LayerNorm = nn.LayerNorm(size_out, eps=config.layer_norm_eps)
+        self.activation = activation
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, S, C) -> (B, S, size_out)."""
+        return self.LayerNorm(ops.get_activation(self.activation)(self.dense(hidden_states)))

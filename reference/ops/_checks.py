@@ -1,0 +1,40 @@
+"""Checks that the reference ops share: real floating-point tensors on one device."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def check_float(**tensors: Tensor | None) -> None:
+    """Check that every given tensor is a real floating-point tensor and that all lie on one device.
+
+    Raises:
+        TypeError: a value is not a tensor, or its dtype is an integer, bool or complex one.
+        ValueError: the tensors lie on different devices.
+    """
+    first: tuple[str, Tensor] | None = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be a real floating-point tensor, got {tensor.dtype}; convert it first")
+        if first is None:
+            first = (name, tensor)
+        elif tensor.device != first[1].device:
+            raise ValueError(
+                f"{first[0]} is on {first[1].device} but {name} is on {tensor.device}; move them to one device"
+            )
+
+
+def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    """Raise ValueError if `tensor` does not have the shape `expected`, which `meaning` spells out."""
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{name} must have shape {meaning} = {expected}, got {tuple(tensor.shape)}")
+
+
+def check_probability(name: str, p: float) -> None:
+    """Raise ValueError unless 0 <= p < 1."""
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"{name} must be at least 0 and less than 1, got {p}")

@@ -1,0 +1,48 @@
+"""Where the tests run: on the GPU if there is one, else on the CPU with the kernels in Triton's interpreter."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+    # Before triton is imported: a kernel decides at its definition how it runs.
+    os.environ["TRITON_INTERPRET"] = "1"
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The device that kernels are tested on."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(params=["triton", "native"])
+def backend(request: pytest.FixtureRequest):
+    """Each implementation of an op in turn."""
+    import fastconv
+
+    if request.param == "triton" and importlib.util.find_spec("triton") is None:
+        pytest.skip("the package triton is not installed")
+    with fastconv.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.empty filled with NaN: an output element that a kernel doesn't write shows."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        made = empty(*args, **kwargs)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty", poisoned)
