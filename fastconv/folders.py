@@ -28,9 +28,7 @@ def find_folder(name_or_folder: str | os.PathLike[str], files: Sequence[str]) ->
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise NotADirectoryError(
-            f"expected a checkpoint folder, got the file {str(folder)!r}; give its folder"
-        )
+        raise NotADirectoryError(f"expected a checkpoint folder, got the file {str(folder)!r}; give its folder")
     name = os.fspath(name_or_folder)
     if not isinstance(name_or_folder, str) or not _HUB_ID.fullmatch(name):
         raise FileNotFoundError(f"{name!r} is neither an existing folder nor a hub id like 'org/name'")
@@ -47,12 +45,8 @@ def _download(name: str, files: Sequence[str]) -> Path:
         ) from error
     try:
         return Path(hub.snapshot_download(name, allow_patterns=list(files)))
-    except (
-        Exception
-    ) as error:  # the hub's own errors, those of its HTTP client, a full disk: one message for all
-        raise OSError(
-            f"there is no folder {name!r}, and it could not be downloaded from the hub: {error}"
-        ) from error
+    except Exception as error:  # the hub's own errors, those of its HTTP client, a full disk: one message for all
+        raise OSError(f"there is no folder {name!r}, and it could not be downloaded from the hub: {error}") from error
 
 
 def read_json(file: Path) -> dict[str, Any]:

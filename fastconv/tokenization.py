@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _SIDES = ("right", "left")
-_STRATEGIES = ("longest_first", "only_first", "only_second")
+_STRATEGIES = ("longest_first", "only_first", "only_second", "do_not_truncate")
 _CLEAN_UP = (
     (" .", "."),
     (" ?", "?"),
@@ -88,13 +88,13 @@ class BertTokenizer:
         self.truncation_side = one_of("truncation_side", truncation_side, _SIDES)
         self.clean_up_tokenization_spaces = clean_up_tokenization_spaces
 
-        normalizer = {
-            setting: getattr(self, name) for name, setting in tokenizer_files.NORMALIZER_OPTIONS.items()
-        }
+        if unk_token is None or cls_token is None or sep_token is None:
+            raise ValueError("unk_token, cls_token and sep_token must be tokens of the vocabulary, got None")
+        normalizer = {setting: getattr(self, name) for name, setting in tokenizer_files.NORMALIZER_OPTIONS.items()}
         if vocab_file is not None and tokenizer_file is None:
             source = Path(vocab_file)
             vocab = tokenizer_files.read_vocab(source)
-            self._backend = tokenizer_files.backend_from_vocab(vocab, self.special_tokens_map, normalizer)
+            self._backend = tokenizer_files.backend_from_vocab(vocab, unk_token, normalizer)
         elif tokenizer_file is not None and vocab_file is None:
             source = Path(tokenizer_file)
             self._backend = tokenizer_files.backend_from_json(source)
@@ -104,9 +104,9 @@ class BertTokenizer:
                 "give exactly one of vocab_file and tokenizer_file, "
                 f"got vocab_file={vocab_file!r} and tokenizer_file={tokenizer_file!r}"
             )
-        tokenizer_files.add_tokens(
-            self._backend, added_tokens_decoder or {}, self.special_tokens_map, str(source)
-        )
+        tokenizer_files.add_tokens(self._backend, added_tokens_decoder or {}, self.special_tokens_map, str(source))
+        if vocab_file is not None:
+            tokenizer_files.set_template(self._backend, cls_token, sep_token)
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | os.PathLike[str]) -> Self:
@@ -123,9 +123,7 @@ class BertTokenizer:
             return cls(tokenizer_file=folder / "tokenizer.json", **{**stored, **options})
         if (folder / "vocab.txt").is_file():
             return cls(folder / "vocab.txt", **options)
-        raise FileNotFoundError(
-            f"no tokenizer.json and no vocab.txt in {str(folder)!r}: {what_is_there(folder)}"
-        )
+        raise FileNotFoundError(f"no tokenizer.json and no vocab.txt in {str(folder)!r}: {what_is_there(folder)}")
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write tokenizer.json, tokenizer_config.json and vocab.txt, which transformers reads too."""
@@ -158,7 +156,7 @@ class BertTokenizer:
 
     @property
     def all_special_ids(self) -> list[int]:
-        return [self._backend.token_to_id(token) for token in self.all_special_tokens]
+        return [cast(int, self._special_id(token)) for token in self.all_special_tokens]
 
     @property
     def unk_token_id(self) -> int:
@@ -232,9 +230,7 @@ class BertTokenizer:
         if text_pair is not None:
             pairs = _batch("text_pair", [text_pair] if single else text_pair, is_split_into_words)
             if len(pairs) != len(texts):
-                raise ValueError(
-                    f"text and text_pair must have the same length, got {len(texts)} and {len(pairs)}"
-                )
+                raise ValueError(f"text and text_pair must have the same length, got {len(texts)} and {len(pairs)}")
 
         added = self.num_special_tokens_to_add(pairs is not None) if add_special_tokens else 0
         self._set_truncation(truncation, max_length, stride, added)
@@ -249,9 +245,7 @@ class BertTokenizer:
 
         rows, owners = encodings, list(range(len(encodings)))
         if return_overflowing_tokens:
-            owned = [
-                (row, owner) for owner, first in enumerate(encodings) for row in (first, *first.overflowing)
-            ]
+            owned = [(row, owner) for owner, first in enumerate(encodings) for row in (first, *first.overflowing)]
             rows, owners = [row for row, _ in owned], [owner for _, owner in owned]
         out = BatchEncoding(input_ids=[row.ids for row in rows])
         if return_token_type_ids:
@@ -334,9 +328,7 @@ class BertTokenizer:
         found = self._backend.token_to_id(tokens)
         return self.unk_token_id if found is None else found
 
-    def convert_ids_to_tokens(
-        self, ids: int | Sequence[int] | torch.Tensor, skip_special_tokens: bool = False
-    ) -> Any:
+    def convert_ids_to_tokens(self, ids: int | Sequence[int] | torch.Tensor, skip_special_tokens: bool = False) -> Any:
         """The token of an id, or the tokens of a list; None for what is not in the vocabulary."""
         if isinstance(ids, int):
             return self._backend.id_to_token(ids)
@@ -377,19 +369,14 @@ class BertTokenizer:
             out = BatchEncoding({name: value[0] for name, value in out.items()})
         return to_tensors(out, return_tensors)
 
-    def _set_truncation(
-        self, truncation: bool | str | None, max_length: int | None, stride: int, added: int
-    ) -> None:
+    def _set_truncation(self, truncation: bool | str | None, max_length: int | None, stride: int, added: int) -> None:
         strategy = "longest_first" if truncation is True else truncation
         limit = self.model_max_length if max_length is None else max_length
-        if not strategy or strategy == "do_not_truncate" or limit >= NO_LIMIT:
+        if not strategy or one_of("truncation", strategy, _STRATEGIES) == "do_not_truncate" or limit >= NO_LIMIT:
             self._backend.no_truncation()
             return
-        one_of("truncation", strategy, _STRATEGIES)
         if limit < added:  # tokenizers would not truncate at all
-            raise ValueError(
-                f"max_length must be at least {added}, the number of special tokens, got {limit}"
-            )
+            raise ValueError(f"max_length must be at least {added}, the number of special tokens, got {limit}")
         if not 0 <= stride < max(limit - added, 1):
             most = max(limit - added - 1, 0)
             raise ValueError(f"stride must be from 0 to {most} for max_length {limit}, got {stride}")
@@ -434,7 +421,5 @@ def _batch(name: str, texts: Any, split: bool) -> list[Any]:
                 part.encode()
             except UnicodeEncodeError as error:
                 lone = part[error.start]
-                raise ValueError(
-                    f"{name} must be valid Unicode, got the lone surrogate {lone!r} at {row}"
-                ) from error
+                raise ValueError(f"{name} must be valid Unicode, got the lone surrogate {lone!r} at {row}") from error
     return list(texts)

@@ -37,9 +37,7 @@ def read_vocab(file: Path) -> dict[str, int]:
     if not file.is_file():
         raise FileNotFoundError(f"no vocabulary file {str(file)!r}: {what_is_there(file.parent)}")
     try:
-        with file.open(
-            encoding="utf-8"
-        ) as lines:  # not str.splitlines: a token may be a line separator of Unicode
+        with file.open(encoding="utf-8") as lines:  # not str.splitlines: a token may be a line separator of Unicode
             vocab = {line.rstrip("\n"): number for number, line in enumerate(lines)}
     except UnicodeDecodeError as error:
         raise ValueError(f"{str(file)!r} is not a vocabulary: expected UTF-8 text, {error}") from error
@@ -49,29 +47,31 @@ def read_vocab(file: Path) -> dict[str, int]:
 
 
 def backend_from_vocab(
-    vocab: dict[str, int], special: Mapping[str, str | None], normalizer: Mapping[str, bool | None]
+    vocab: dict[str, int], unk_token: str, normalizer: Mapping[str, bool | None]
 ) -> tokenizers.Tokenizer:
-    """BERT's tokenizer over a vocabulary.
+    """BERT's tokenizer over a vocabulary, before it knows the special tokens.
 
-    special: the names of SPECIAL_TOKENS -> token
     normalizer: the values of NORMALIZER_OPTIONS -> setting
     """
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    unk, cls, sep = special["unk_token"], special["cls_token"], special["sep_token"]
-    if unk is None or cls is None or sep is None:
-        raise ValueError(f"unk_token, cls_token and sep_token can't be None, got {unk!r}, {cls!r}, {sep!r}")
-    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token=unk))
-    tokenizer.normalizer = normalizers.BertNormalizer(**normalizer)
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token=unk_token))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    set_normalizer(tokenizer, normalizer)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    if cls in vocab and sep in vocab:  # else the caller reports it, with the file's name
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=[cls, "$A", sep],
-            pair=[cls, "$A", sep, "$B:1", f"{sep}:1"],
-            special_tokens=[(cls, vocab[cls]), (sep, vocab[sep])],
-        )
     return tokenizer
+
+
+def set_template(tokenizer: tokenizers.Tokenizer, cls: str, sep: str) -> None:
+    """Put a text between cls and sep, and a pair between cls, sep and sep. Both must be in the vocabulary."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.post_processor = TemplateProcessing(
+        single=[cls, "$A", sep],
+        pair=[cls, "$A", sep, "$B:1", f"{sep}:1"],
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in (cls, sep)],
+    )
 
 
 def backend_from_json(file: Path) -> tokenizers.Tokenizer:
@@ -166,9 +166,7 @@ def read_options(folder: Path) -> dict[str, Any]:
         if kind.removesuffix("Fast").removesuffix("Tokenizer") not in _SAME_ALGORITHM:
             raise ValueError(f"tokenizer_config.json in {str(folder)!r} names {kind}, expected BertTokenizer")
         if config.get("do_basic_tokenize") is False:
-            raise ValueError(
-                f"tokenizer_config.json in {str(folder)!r} says do_basic_tokenize false, expected true"
-            )
+            raise ValueError(f"tokenizer_config.json in {str(folder)!r} says do_basic_tokenize false, expected true")
     return options
 
 

@@ -223,10 +223,6 @@ def _acc_torch(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _scale(dropout_p: float) -> float:
-    return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
-
-
 def layer_norm_fwd(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -274,7 +270,7 @@ def layer_norm_fwd(
             0 if residual_2d is None else residual_2d.stride(0),
             eps,
             dropout_p,
-            _scale(dropout_p),
+            1.0 / (1.0 - dropout_p),
             ACC=_acc(out_dtype),
             HAS_X_BIAS=x_bias is not None,
             HAS_RESIDUAL=residual is not None,
@@ -332,7 +328,7 @@ def layer_norm_bwd(
             dy.stride(0),
             z2.stride(0),
             dropout_p,
-            _scale(dropout_p),
+            1.0 / (1.0 - dropout_p),
             ACC=_acc(mean.dtype),
             HAS_X_BIAS=has_x_bias,
             HAS_DROPOUT=dropout_p > 0.0,

@@ -147,7 +147,7 @@ class BertForMaskedLM(heads.MaskedLM, BertPreTrainedModel):
         super().__init__(config)
         self.bert = BertModel(config, add_pooling_layer=False)
         self.cls = BertOnlyMLMHead(config)
-        self.init_weights()
+        self.init_weights(skip=self.bert)
         self.tie_weights()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -171,7 +171,7 @@ class BertForSequenceClassification(heads.SequenceClassification, BertPreTrained
         self.bert = BertModel(config)
         self.dropout = nn.Dropout(heads.head_dropout(config))
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.init_weights()
+        self.init_weights(skip=self.bert)
 
     def logits(self, outputs: ModelOutput) -> Tensor:
         return self.classifier(self.dropout(outputs["pooler_output"]))
@@ -185,7 +185,7 @@ class BertForMultipleChoice(heads.MultipleChoice, BertPreTrainedModel):
         self.bert = BertModel(config)
         self.dropout = nn.Dropout(heads.head_dropout(config))
         self.classifier = nn.Linear(config.hidden_size, 1)
-        self.init_weights()
+        self.init_weights(skip=self.bert)
 
     def logits(self, outputs: ModelOutput) -> Tensor:
         return self.classifier(self.dropout(outputs["pooler_output"]))
@@ -199,7 +199,7 @@ class BertForTokenClassification(heads.TokenClassification, BertPreTrainedModel)
         self.bert = BertModel(config, add_pooling_layer=False)
         self.dropout = nn.Dropout(heads.head_dropout(config))
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.init_weights()
+        self.init_weights(skip=self.bert)
 
 
 class BertForQuestionAnswering(heads.QuestionAnswering, BertPreTrainedModel):
@@ -209,4 +209,4 @@ class BertForQuestionAnswering(heads.QuestionAnswering, BertPreTrainedModel):
         super().__init__(config)
         self.bert = BertModel(config, add_pooling_layer=False)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
-        self.init_weights()
+        self.init_weights(skip=self.bert)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .ops.activations import get_activation
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 POSITION_EMBEDDING_TYPES = ("absolute", "relative_key", "relative_key_query")
@@ -47,7 +50,7 @@ class Config:
     add_cross_attention: bool = False
     use_cache: bool = True
     tie_word_embeddings: bool = True
-    num_labels: int | None = None
+    num_labels: int = None  # type: ignore[assignment]  # None: the length of id2label, or else 2; then always an int
     id2label: dict[int, str] | None = None
     label2id: dict[str, int] | None = None
     problem_type: str | None = None
@@ -106,7 +109,7 @@ class Config:
             raise ValueError(f"hidden_act: {error}") from None
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Config:
+    def from_dict(cls, values: dict[str, Any]) -> Self:
         """The configuration that a parsed config.json describes; keys that are unknown here go to `extra`.
 
         Raises:

@@ -138,7 +138,7 @@ class ConvBertForMaskedLM(heads.MaskedLM, ConvBertPreTrainedModel):
         self.convbert = ConvBertModel(config)
         self.generator_predictions = PredictionTransform(config, config.embedding_size, "gelu")
         self.generator_lm_head = nn.Linear(config.embedding_size, config.vocab_size)
-        self.init_weights()
+        self.init_weights(skip=self.convbert)
         self.tie_weights()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -175,7 +175,7 @@ class ConvBertForSequenceClassification(heads.SequenceClassification, ConvBertPr
         super().__init__(config)
         self.convbert = ConvBertModel(config)
         self.classifier = ConvBertClassificationHead(config)
-        self.init_weights()
+        self.init_weights(skip=self.convbert)
 
     def logits(self, outputs: ModelOutput) -> Tensor:
         return self.classifier(outputs["last_hidden_state"])
@@ -217,7 +217,7 @@ class ConvBertForMultipleChoice(heads.MultipleChoice, ConvBertPreTrainedModel):
         self.convbert = ConvBertModel(config)
         self.sequence_summary = ConvBertSequenceSummary(config)
         self.classifier = nn.Linear(config.hidden_size, 1)
-        self.init_weights()
+        self.init_weights(skip=self.convbert)
 
     def logits(self, outputs: ModelOutput) -> Tensor:
         return self.classifier(self.sequence_summary(outputs["last_hidden_state"]))
@@ -231,7 +231,7 @@ class ConvBertForTokenClassification(heads.TokenClassification, ConvBertPreTrain
         self.convbert = ConvBertModel(config)
         self.dropout = nn.Dropout(heads.head_dropout(config))
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.init_weights()
+        self.init_weights(skip=self.convbert)
 
 
 class ConvBertForQuestionAnswering(heads.QuestionAnswering, ConvBertPreTrainedModel):
@@ -241,4 +241,4 @@ class ConvBertForQuestionAnswering(heads.QuestionAnswering, ConvBertPreTrainedMo
         super().__init__(config)
         self.convbert = ConvBertModel(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
-        self.init_weights()
+        self.init_weights(skip=self.convbert)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import Config
 from .model import Model, choose, maybe_tuple
@@ -83,19 +84,21 @@ class MaskedLM(HeadModel):
     output_class = MaskedLMOutput
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return token_loss(logits, labels)
+        return class_loss(logits, labels)
 
 
 class TokenClassification(HeadModel):
     """A label for every token. labels: (B, S), -100 is ignored."""
 
     output_class = TokenClassifierOutput
+    dropout: nn.Module
+    classifier: nn.Module
 
     def logits(self, outputs: ModelOutput) -> Tensor:
         return self.classifier(self.dropout(outputs["last_hidden_state"]))
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return token_loss(logits, labels)
+        return class_loss(logits, labels)
 
 
 class SequenceClassification(HeadModel):
@@ -113,8 +116,7 @@ class SequenceClassification(HeadModel):
             kind = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
             kind = "regression" if self.config.num_labels == 1 else kind
         if kind == "single_label_classification":
-            check_labels(labels, tuple(logits.shape[:-1]))
-            return F.cross_entropy(logits, labels.view(-1))
+            return class_loss(logits, labels.squeeze(-1) if labels.dim() == 2 else labels)
         if kind == "regression" and logits.shape[-1] == 1 and labels.dim() == 1:
             labels = labels[:, None]
         check_labels(labels, tuple(logits.shape))
@@ -165,13 +167,14 @@ class MultipleChoice(HeadModel):
         )
         output.logits = output.logits.reshape(batch, choices)
         if labels is not None:
-            check_labels(labels, (batch,))
-            output.loss = F.cross_entropy(output.logits, labels)
+            output.loss = class_loss(output.logits, labels)
         return maybe_tuple(output, choose(return_dict, self.config.return_dict))
 
 
 class QuestionAnswering(Model):
     """Where an answer starts and ends: two scores for every token."""
+
+    qa_outputs: nn.Module
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -224,10 +227,16 @@ class QuestionAnswering(Model):
         return maybe_tuple(output, choose(return_dict, self.config.return_dict))
 
 
-def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """The mean cross-entropy over the tokens whose label is not -100: NaN if there is none."""
+def class_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean cross-entropy of logits (..., classes) over the labels (...) that are not -100: NaN if all are.
+
+    Raises:
+        TypeError: labels that are not integers. ValueError: labels of another shape.
+    """
     check_labels(labels, tuple(logits.shape[:-1]))
-    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"labels must be an int64 or int32 tensor for a classification, got {labels.dtype}")
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten().long())
 
 
 def position_loss(name: str, logits: Tensor, positions: Tensor) -> Tensor:
@@ -235,7 +244,7 @@ def position_loss(name: str, logits: Tensor, positions: Tensor) -> Tensor:
     B, S = logits.shape
     if tuple(positions.shape) not in ((B,), (B, 1)):
         raise ValueError(f"{name} must have shape (B,) = {(B,)}, got {tuple(positions.shape)}")
-    return F.cross_entropy(logits, positions.reshape(B).clamp(0, S), ignore_index=S)
+    return F.cross_entropy(logits, positions.reshape(B).long().clamp(0, S), ignore_index=S)
 
 
 def check_labels(labels: Tensor, shape: tuple[int, ...]) -> None:

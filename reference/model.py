@@ -62,10 +62,16 @@ class Model(nn.Module):
         """Make the parameters that are one in the checkpoints one object again, after loading or replacing some."""
 
     @torch.no_grad()
-    def init_weights(self) -> None:
-        """Draw weights as transformers does: normal(0, initializer_range); biases and the padding row are 0."""
+    def init_weights(self, skip: nn.Module | None = None) -> None:
+        """Draw weights as transformers does: normal(0, initializer_range); biases and the padding row are 0.
+
+        skip: a submodule to leave as it is, such as an encoder that has drawn its own.
+        """
         std = self.config.initializer_range
+        skipped = set() if skip is None else set(skip.modules())
         for module in self.modules():
+            if module in skipped:
+                continue
             if isinstance(module, (nn.Linear, nn.Conv1d, nn.Embedding, GroupedLinear)):
                 module.weight.normal_(0.0, std)
             if isinstance(module, (nn.Linear, GroupedLinear, SeparableConv1D)) and module.bias is not None:
@@ -123,9 +129,10 @@ def check_inputs(
         B, S = inputs_embeds.shape[:2]
     if S == 0:
         raise ValueError(f"the sequence is empty, got B = {B}, S = {S}; S must be at least 1")
-    if position_ids is None and S > config.max_position_embeddings:
+    limit = config.max_position_embeddings
+    if position_ids is None and limit < S:
         raise ValueError(
-            f"the sequence length must be at most max_position_embeddings {config.max_position_embeddings}, got {S}; "
+            f"the sequence length must be at most max_position_embeddings {limit}, got {S}; "
             "truncate the input or give position_ids"
         )
     check_ids("input_ids", input_ids, B, S, "vocab_size", config.vocab_size)

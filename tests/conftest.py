@@ -11,7 +11,8 @@ import torch
 if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
     # Before triton is imported: a kernel decides at its definition how it runs.
     os.environ["TRITON_INTERPRET"] = "1"
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# The tests run side by side (pytest -n), and tiny tensors gain nothing from threads.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -252,13 +252,6 @@ def test_layer_norm_dropout_follows_manual_seed(backend, device):
     assert not torch.equal(first, second)
 
 
-def test_layer_norm_dropout_of_everything(backend, device):
-    inputs = make((4, 64), torch.float32, device)
-    y = layer_norm(**inputs, dropout_p=1.0)
-    without = {**inputs, "x": torch.zeros_like(inputs["x"]), "x_bias": None}
-    torch.testing.assert_close(y, layer_norm(**without))
-
-
 # Registration and compile
 
 
@@ -356,14 +349,14 @@ def bad(**changes):
         ({"x": torch.ones(4, 16, dtype=torch.int64)}, TypeError, r"x must be a real floating.*int64"),
         ({"x": torch.ones(4, 16, dtype=torch.complex64)}, TypeError, r"x must be a real floating.*complex64"),
         ({"residual": torch.ones(4, 16, dtype=torch.bool)}, TypeError, r"residual must be.*bool"),
-        ({"weight": torch.ones(15)}, ValueError, r"weight must have shape \(16,\), got \(15,\)"),
-        ({"x_bias": torch.ones(1, 16)}, ValueError, r"x_bias must have shape \(16,\), got \(1, 16\)"),
-        ({"residual": torch.ones(4, 15)}, ValueError, r"residual must have shape \(4, 16\), got \(4, 15\)"),
+        ({"weight": torch.ones(15)}, ValueError, r"weight must have shape .*\(16,\), got \(15,\)"),
+        ({"x_bias": torch.ones(1, 16)}, ValueError, r"x_bias must have shape .*\(16,\), got \(1, 16\)"),
+        ({"residual": torch.ones(4, 15)}, ValueError, r"residual must have shape .*\(4, 16\), got \(4, 15\)"),
         ({"residual": torch.ones(16)}, ValueError, r"residual must have shape"),
-        ({"x": torch.ones(4, 0)}, ValueError, r"at least one channel.*\(4, 0\)"),
-        ({"x": torch.tensor(1.0)}, ValueError, r"at least one channel.*\(\)"),
-        ({"weight": torch.ones(16, device="meta")}, ValueError, r"weight must be on.*cpu, got meta"),
-        ({"dropout_p": 1.5}, ValueError, r"between 0 and 1, got 1.5"),
+        ({"x": torch.ones(4, 0)}, ValueError, r"C >= 1, got \(4, 0\)"),
+        ({"x": torch.tensor(1.0)}, ValueError, r"C >= 1, got \(\)"),
+        ({"weight": torch.ones(16, device="meta")}, ValueError, r"x is on cpu but weight is on meta"),
+        ({"dropout_p": 1.5}, ValueError, r"less than 1, got 1.5"),
         ({"dropout_p": 0.5, "seed": torch.tensor(1.0)}, ValueError, r"seed must be a \(\) int64"),
     ],
 )

@@ -1,7 +1,7 @@
-"""The reference equals transformers: same weights, random configs, every output, loss and gradient within 1e-5 of scale.
+"""The reference equals transformers: same weights, random configs; outputs, losses and gradients within 1e-5 of scale.
 
-Runs with transformers 4.57 and 5.x. What only one of them has (head_mask and 3-D masks in 4.57) is tested there; the other
-is given the equivalent.
+Runs with transformers 4.57 and 5.x. head_mask and 3-D masks exist in 4.57 only: 5.x is given the 4-D equivalent of a
+3-D mask.
 """
 
 from __future__ import annotations
@@ -164,13 +164,14 @@ def assert_close(actual: dict, expected: dict, tolerance: float, floor: float = 
 
 
 def assert_equal_runs(ours, theirs, inputs: dict, theirs_inputs: dict | None = None) -> None:
-    """Outputs, loss and gradients are equal: within 1e-5 of scale in fp32, and to the last digits in fp64.
+    """Outputs, loss and gradients are equal: within 1e-5 of scale in fp32, and within 1e-10 in fp64 (gelu_fast knows
+    sqrt(2 / pi) to ten digits).
 
-    The scale of a gradient is that of all gradients: many are sums that nearly cancel (those of key biases vanish), so that
-    their own size says nothing about rounding. fp64 shows that those are right too.
+    The scale of a gradient is that of all gradients: many are sums that nearly cancel (those of key biases vanish),
+    so that their own size says nothing about rounding. fp64 shows that those are right too.
     """
     theirs_inputs = inputs if theirs_inputs is None else theirs_inputs
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
         outputs, gradients = run(ours.to(dtype), to_dtype(inputs, dtype))
         expected_outputs, expected_gradients = run(theirs.to(dtype), to_dtype(theirs_inputs, dtype))
         assert outputs.keys() == expected_outputs.keys()

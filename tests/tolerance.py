@@ -12,8 +12,8 @@ from fastconv.tolerance import compare
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-# The interpreter stores bf16 by truncation: every stored value is off by up to an ulp, all in one direction, so that sums
-# over saved tensors drift where rounding would average out.
+# The interpreter stores bf16 by truncation: every stored value is off by up to an ulp, all in one direction, so that
+# sums over saved tensors drift where rounding would average out.
 _TRUNCATION = 4
 
 

@@ -1,5 +1,17 @@
 """The ops: functional, differentiable, dispatched to a Triton kernel or to a native formulation in PyTorch ops."""
 
+from fastconv.ops.grouped_linear import grouped_linear
 from fastconv.ops.layer_norm import layer_norm
+from fastconv.ops.linear_act import linear_act
+from fastconv.ops.masked_attention import masked_attention
+from fastconv.ops.separable_conv import separable_conv
+from fastconv.ops.span_dynamic_conv import span_dynamic_conv
 
-__all__ = ["layer_norm"]
+__all__ = [
+    "grouped_linear",
+    "layer_norm",
+    "linear_act",
+    "masked_attention",
+    "separable_conv",
+    "span_dynamic_conv",
+]

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from fastconv.dispatch import use_triton
-from fastconv.ops._register import check_device, check_float, check_shape, needs_grad, register
+from fastconv.ops._register import needs_grad, register
+from fastconv.reference.ops.layer_norm import check
 
 _MAX_CHANNELS = 8192  # fastconv.kernels.layer_norm.MAX_CHANNELS, known here without importing triton
 
@@ -29,7 +30,7 @@ def layer_norm(
     weight, bias: (C,), any of these dtypes; bias may be None
     x_bias: (C,), the bias of the linear layer that made x, or None
     residual: (..., C) like x, or None; it may have another dtype
-    dropout_p: probability of zeroing a value of x + x_bias; kept values are scaled by 1 / (1 - dropout_p)
+    dropout_p: probability, below 1, of zeroing a value of x + x_bias; the others are scaled by 1 / (1 - dropout_p)
     seed: () int64 on x's device: the mask is a function of it and of the position, per backend. None draws one from
         torch's generator of that device
     returns: (..., C), dtype of x + residual; fp32 under autocast, as torch's layer_norm
@@ -37,7 +38,8 @@ def layer_norm(
     Raises: TypeError for tensors that are not real floating point; ValueError for shapes, devices or a dropout_p that
     don't fit. Statistics are fp32 at least. Source: Ba, Kiros, Hinton, arXiv 1607.06450, section 3.
     """
-    _check(x, weight, bias, x_bias, residual, dropout_p, seed)
+    check(x, weight, bias, x_bias, residual, dropout_p)
+    _check_seed(x, seed)
     if not use_triton(x) or x.shape[-1] > _MAX_CHANNELS:
         return _native(x, weight, bias, eps, x_bias, residual, dropout_p, seed)
     if dropout_p > 0.0 and seed is None:
@@ -51,20 +53,11 @@ def layer_norm(
     return _forward(x, weight, bias, eps, x_bias, residual, dropout_p, seed, out_dtype, False)[0]
 
 
-def _check(x, weight, bias, x_bias, residual, dropout_p, seed) -> None:
-    check_float("layer_norm", x=x, weight=weight, bias=bias, x_bias=x_bias, residual=residual)
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"layer_norm: x must have at least one channel in its last dimension, got {tuple(x.shape)}")
-    channels = (x.shape[-1],)
-    check_shape("layer_norm", "weight", weight, channels)
-    check_shape("layer_norm", "bias", bias, channels)
-    check_shape("layer_norm", "x_bias", x_bias, channels)
-    check_shape("layer_norm", "residual", residual, tuple(x.shape))
-    check_device("layer_norm", x, weight=weight, bias=bias, x_bias=x_bias, residual=residual, seed=seed)
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"layer_norm: dropout_p must be between 0 and 1, got {dropout_p}")
-    if seed is not None and (seed.dtype != torch.int64 or seed.dim() != 0):
-        raise ValueError(f"layer_norm: seed must be a () int64 tensor, got {tuple(seed.shape)} {seed.dtype}")
+def _check_seed(x: torch.Tensor, seed: torch.Tensor | None) -> None:
+    if seed is not None and (seed.dtype != torch.int64 or seed.dim() != 0 or seed.device != x.device):
+        raise ValueError(
+            f"seed must be a () int64 tensor on {x.device}, got {tuple(seed.shape)} {seed.dtype} on {seed.device}"
+        )
 
 
 def _out_dtype(x: torch.Tensor, residual: torch.Tensor | None) -> torch.dtype:
@@ -189,4 +182,4 @@ def _native_dropout(z: torch.Tensor, p: float, seed: torch.Tensor | None) -> tor
     number = int(seed)
     generator = torch.Generator(z.device).manual_seed((number ^ (number >> 32)) & 0xFFFFFFFF)
     keep = torch.empty(z.shape, dtype=torch.bool, device=z.device).bernoulli_(1.0 - p, generator=generator)
-    return torch.where(keep, z * (1.0 / (1.0 - p) if p < 1.0 else 0.0), 0.0)
+    return torch.where(keep, z * (1.0 / (1.0 - p)), 0.0)

@@ -27,6 +27,15 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor, *, activation: str |
 
     Source: Jiang et al., "ConvBERT" (2020, arXiv 2008.02496), the grouped linear operator.
     """
+    check(x, weight, bias)
+    groups, size_in, _ = weight.shape
+    split = x.reshape(*x.shape[:-1], groups, size_in)
+    y = torch.einsum("...gi,gio->...go", split, weight)
+    return get_activation(activation)(y.flatten(-2) + bias)
+
+
+def check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """Raise what `grouped_linear` says for tensors that don't fit."""
     check_float(x=x, weight=weight, bias=bias)
     if weight.dim() != 3:
         raise ValueError(f"weight must have shape (G, I, O), got {tuple(weight.shape)}")
@@ -37,6 +46,3 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor, *, activation: str |
             f"got {tuple(x.shape)}"
         )
     check_shape("bias", bias, (groups * size_out,), "(G*O,)")
-    split = x.reshape(*x.shape[:-1], groups, size_in)
-    y = torch.einsum("...gi,gio->...go", split, weight)
-    return get_activation(activation)(y.flatten(-2) + bias)

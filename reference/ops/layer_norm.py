@@ -47,7 +47,8 @@ def layer_norm(
     Source: Ba, Kiros, Hinton, "Layer Normalization" (2016), section 3; the sum before it: Vaswani et al., "Attention
     Is All You Need" (2017), sections 3.1 and 5.4.
     """
-    _check(x, weight, bias, x_bias, residual, dropout_p, dropout_mask)
+    check(x, weight, bias, x_bias, residual, dropout_p)
+    _check_dropout_mask(x, dropout_p, dropout_mask)
     dtype = torch.promote_types(x.dtype, torch.float32)
     z = x.to(dtype)
     if x_bias is not None:
@@ -60,15 +61,15 @@ def layer_norm(
     return y.to(x.dtype)
 
 
-def _check(
+def check(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     x_bias: Tensor | None,
     residual: Tensor | None,
     dropout_p: float,
-    dropout_mask: Tensor | None,
 ) -> None:
+    """Raise what `layer_norm` says for arguments that don't fit."""
     check_float(x=x, weight=weight, bias=bias, x_bias=x_bias, residual=residual)
     check_probability("dropout_p", dropout_p)
     if x.dim() == 0 or x.shape[-1] == 0:
@@ -81,6 +82,9 @@ def _check(
         check_shape("x_bias", x_bias, channels, "(C,)")
     if residual is not None:
         check_shape("residual", residual, tuple(x.shape), "that of x")
+
+
+def _check_dropout_mask(x: Tensor, dropout_p: float, dropout_mask: Tensor | None) -> None:
     if dropout_mask is None:
         if dropout_p > 0.0:
             raise ValueError(f"dropout_p = {dropout_p} needs dropout_mask, a bool tensor of the shape of x")

@@ -42,7 +42,8 @@ def masked_attention(
     Source: Vaswani et al., "Attention Is All You Need" (2017), section 3.2.1; head_mask: Michel et al., "Are Sixteen
     Heads Really Better than One?" (2019, arXiv 1905.10650).
     """
-    _check(q, k, v, mask, head_mask, dropout_mask, dropout_p)
+    check(q, k, v, mask, head_mask, dropout_p)
+    check_dropout_mask(q, k, dropout_mask, dropout_p)
     probabilities = attention_probabilities(q, k, mask=mask, scale=scale)
     if dropout_mask is not None:
         probabilities = probabilities * dropout_mask / (1.0 - dropout_p)
@@ -74,15 +75,8 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.to(dtype).masked_fill(mask <= torch.finfo(mask.dtype).min, lowest)
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    head_mask: Tensor | None,
-    dropout_mask: Tensor | None,
-    dropout_p: float,
-) -> None:
+def check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, head_mask: Tensor | None, dropout_p: float) -> None:
+    """Raise what `masked_attention` says for arguments that don't fit."""
     bool_mask = mask is not None and mask.dtype == torch.bool
     check_float(q=q, k=k, v=v, mask=None if bool_mask else mask, head_mask=head_mask)
     check_probability("dropout_p", dropout_p)
@@ -91,16 +85,24 @@ def _check(
         raise ValueError(f"q must have shape (B, Sq, H, D), k and v (B, Sk, H, D), got {shapes}")
     if 0 in (k.shape[1], q.shape[3]):
         raise ValueError(f"attention needs at least one key and D >= 1, got {shapes}")
+    for name, tensor in (("mask", mask), ("head_mask", head_mask)):
+        _check_broadcast(name, tensor, q, k)
+
+
+def check_dropout_mask(q: Tensor, k: Tensor, dropout_mask: Tensor | None, dropout_p: float) -> None:
+    """Raise ValueError or TypeError unless there is a bool mask where there is dropout."""
     if dropout_mask is None and dropout_p > 0.0:
         raise ValueError(f"dropout_p = {dropout_p} needs dropout_mask, a bool tensor of shape (B, H, Sq, Sk)")
     if dropout_mask is not None and dropout_mask.dtype != torch.bool:
         raise TypeError(f"dropout_mask must be a bool tensor, got {dropout_mask.dtype}")
-    scores = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
-    for name, tensor in (("mask", mask), ("head_mask", head_mask), ("dropout_mask", dropout_mask)):
-        if tensor is None:
-            continue
-        if tensor.device != q.device:
-            raise ValueError(f"q is on {q.device} but {name} is on {tensor.device}; move them to one device")
-        given = tuple(tensor.shape)
-        if len(given) > 4 or any(n not in (1, size) for n, size in zip(given[::-1], scores[::-1], strict=False)):
-            raise ValueError(f"{name} must be broadcastable to (B, H, Sq, Sk) = {scores}, got {given}")
+    _check_broadcast("dropout_mask", dropout_mask, q, k)
+
+
+def _check_broadcast(name: str, tensor: Tensor | None, q: Tensor, k: Tensor) -> None:
+    if tensor is None:
+        return
+    if tensor.device != q.device:
+        raise ValueError(f"q is on {q.device} but {name} is on {tensor.device}; move them to one device")
+    scores, given = (q.shape[0], q.shape[2], q.shape[1], k.shape[1]), tuple(tensor.shape)
+    if len(given) > 4 or any(n not in (1, size) for n, size in zip(given[::-1], scores[::-1], strict=False)):
+        raise ValueError(f"{name} must be broadcastable to (B, H, Sq, Sk) = {scores}, got {given}")

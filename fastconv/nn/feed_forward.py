@@ -1,0 +1,105 @@
+"""The dense layers of an encoder layer, each with what follows it: activation, or dropout, residual and LayerNorm."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fastconv.dispatch import use_triton
+from fastconv.nn._plain import bare, dropout_p, plain_dropout, plain_layer_norm, plain_linear
+from fastconv.ops import _onednn, grouped_linear, layer_norm, linear_act
+from fastconv.reference.ops import get_activation
+
+# Class of an activation module of transformers or torch -> the activation's name, where the two are one function.
+_ACTIVATION_CLASSES = {
+    "GELUActivation": "gelu",
+    "NewGELUActivation": "gelu_new",
+    "GELUTanh": "gelu_pytorch_tanh",
+    "PytorchGELUTanh": "gelu_pytorch_tanh",
+    "ReLU": "relu",
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "Tanh": "tanh",
+    "Sigmoid": "sigmoid",
+}
+
+
+def activation_name(module: nn.Module) -> str | None:
+    """Name of a module's activation, None if it has one that is known by its function only.
+
+    This library's modules say it in `activation`; those of transformers hold it as `intermediate_act_fn` or
+    `transform_act_fn`, a module or a function.
+    """
+    if hasattr(module, "activation"):
+        return module.activation
+    function = getattr(module, "intermediate_act_fn", None) or getattr(module, "transform_act_fn", None)
+    if isinstance(function, nn.Module) and not bare(function):
+        return None
+    return _ACTIVATION_CLASSES.get(type(function).__name__)
+
+
+def dense_act(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """activation(module.dense(x)): (..., I) -> (..., O)."""
+    name, dense = activation_name(module), module.dense
+    if name is not None and plain_linear(dense):
+        return linear_act(x, dense.weight, dense.bias, name)
+    y = linear_act(x, dense.weight, dense.bias, None) if plain_linear(dense) else dense(x)
+    if name is not None:
+        return get_activation(name)(y)
+    return (getattr(module, "intermediate_act_fn", None) or module.transform_act_fn)(y)
+
+
+class Intermediate:
+    """The fused forward of the first half of a feed-forward network."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """activation(dense(hidden)): (B, S, C) -> (B, S, I)."""
+        return dense_act(self, hidden_states)  # type: ignore[arg-type]
+
+
+class PredictionTransform:
+    """The fused forward of what a masked language model does before its decoder."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """LayerNorm(activation(dense(hidden))): (B, S, C) -> (B, S, E)."""
+        return self.LayerNorm(dense_act(self, hidden_states))  # type: ignore[arg-type, attr-defined]
+
+
+class GroupedLinear:
+    """The fused forward of a grouped linear layer."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, S, G*I) -> (B, S, G*O)."""
+        return grouped_linear(hidden_states, self.weight, self.bias)  # type: ignore[attr-defined]
+
+
+class ResidualOutput:
+    """The fused forward of the end of attention and feed-forward network."""
+
+    def forward(self, hidden_states: torch.Tensor, input_tensor: torch.Tensor) -> torch.Tensor:
+        """LayerNorm(dropout(dense(hidden)) + input): (B, S, I), (B, S, C) -> (B, S, C)."""
+        dense, norm, dropout = self.dense, self.LayerNorm, self.dropout  # type: ignore[attr-defined]
+        if not (plain_layer_norm(norm) and plain_dropout(dropout)):
+            return super().forward(hidden_states, input_tensor)  # type: ignore[misc]
+        p, x_bias, residual = dropout_p(dropout), None, input_tensor
+        if not plain_linear(dense):
+            x = dense(hidden_states)
+        elif use_triton(hidden_states):
+            # The bias goes into the norm's kernel, which passes over x anyway.
+            x, x_bias = linear_act(hidden_states, dense.weight, None, None), dense.bias
+        elif p == 0.0 and _adds(hidden_states, dense, residual):
+            x, residual = _onednn.linear_binary(hidden_states, residual, dense.weight, dense.bias, "add"), None
+        else:
+            x = linear_act(hidden_states, dense.weight, dense.bias, None)
+        return layer_norm(x, norm.weight, norm.bias, norm.eps, x_bias=x_bias, residual=residual, dropout_p=p)
+
+
+def _adds(x: torch.Tensor, dense: nn.Linear, residual: torch.Tensor) -> bool:
+    """Whether oneDNN can add the residual in the product's epilogue."""
+    return (
+        _onednn.usable(x, dense.weight, dense.bias)
+        and residual.is_contiguous()
+        and residual.dtype == x.dtype
+        and residual.shape == (*x.shape[:-1], dense.out_features)
+        and not (torch.is_grad_enabled() and residual.requires_grad)
+    )

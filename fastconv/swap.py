@@ -1,0 +1,152 @@
+"""accelerate and restore: put the fused forwards under a model's modules, in place, and take them away again.
+
+A module is swapped by its class: `module.__class__` becomes a subclass of the class that it had, with the fused
+forward in front. Parameters, buffers, hooks, attributes, `isinstance` and `state_dict` stay what they were, copies and
+pickles keep the fused forward, and restoring is setting the class back.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import logging
+from collections import Counter
+from typing import Any, TypeVar
+
+from torch import nn
+
+from fastconv import dispatch
+from fastconv.nn.attention import SelfAttention
+from fastconv.nn.feed_forward import GroupedLinear, Intermediate, PredictionTransform, ResidualOutput
+from fastconv.nn.layer_norm import LayerNorm
+from fastconv.nn.mixed_attention import MixedAttention
+from fastconv.nn.packed_linear import unpack
+
+logger = logging.getLogger("fastconv")
+
+M = TypeVar("M", bound=nn.Module)
+
+_BERT = "transformers.models.bert.modeling_bert"
+_CONVBERT = "transformers.models.convbert.modeling_convbert"
+
+# The one table: which class gets which forward. Classes are named, not imported: a module of a class that was never
+# imported can't exist. Subclasses are left alone, since their forward may be another.
+_FORWARDS: dict[str, type] = {
+    "torch.nn.modules.normalization.LayerNorm": LayerNorm,
+    "fastconv.reference.bert.BertSelfAttention": SelfAttention,
+    "fastconv.reference.convbert.ConvBertSelfAttention": MixedAttention,
+    "fastconv.reference.layers.GroupedLinear": GroupedLinear,
+    "fastconv.reference.layers.Intermediate": Intermediate,
+    "fastconv.reference.layers.PredictionTransform": PredictionTransform,
+    "fastconv.reference.layers.ResidualOutput": ResidualOutput,
+    f"{_BERT}.BertSelfAttention": SelfAttention,
+    f"{_BERT}.BertSdpaSelfAttention": SelfAttention,
+    f"{_BERT}.BertIntermediate": Intermediate,
+    f"{_BERT}.BertPredictionHeadTransform": PredictionTransform,
+    f"{_BERT}.BertSelfOutput": ResidualOutput,
+    f"{_BERT}.BertOutput": ResidualOutput,
+    f"{_CONVBERT}.ConvBertSelfAttention": MixedAttention,
+    f"{_CONVBERT}.GroupedLinearLayer": GroupedLinear,
+    f"{_CONVBERT}.ConvBertIntermediate": Intermediate,
+    f"{_CONVBERT}.ConvBertPredictionHeadTransform": PredictionTransform,
+    f"{_CONVBERT}.ConvBertSelfOutput": ResidualOutput,
+    f"{_CONVBERT}.ConvBertOutput": ResidualOutput,
+}
+
+
+class Swapped:
+    """First base of every class that `accelerate` makes."""
+
+    fastconv_original: type[nn.Module]
+    fastconv_backend = "auto"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The fused forward, with the backend that `accelerate` was given."""
+        if self.fastconv_backend == "auto":
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        with dispatch.backend(self.fastconv_backend):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time: a pickle names the original instead, and makes it again.
+        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+        return _new, (self.fastconv_original,), state
+
+
+def _new(original: type[nn.Module]) -> nn.Module:
+    return copyreg.__newobj__(_swapped_class(original))  # type: ignore[attr-defined, no-any-return]
+
+
+@functools.cache
+def _swapped_class(original: type[nn.Module]) -> type[nn.Module]:
+    forward = _FORWARDS[_name(original)]
+    bases = (Swapped, forward) if issubclass(forward, original) else (Swapped, forward, original)
+    return type(f"Fast{original.__name__}", bases, {"fastconv_original": original, "__module__": __name__})
+
+
+def _name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def accelerate(model: M, *, backend: str = "auto") -> M:
+    """Put the fused forwards under a model, or any part of one, in place; returns the model.
+
+    model: a module with BERT or ConvBERT layers of this library or of transformers (4.57, 5.x). Before or after
+        `.to()`, in train or eval mode. Modules that the table doesn't know, adapters among them, stay as they are
+        and are called as before. Calls that ask for more than the fused forwards do (attention probabilities, head
+        masks, a cache, cross-attention) run the original forward
+    backend: "auto", "triton" or "native", for this model's ops; see `fastconv.backend`
+
+    Parameters stay the same objects and state_dict the same; for inference the weights of the query, key and value
+    layers (and of ConvBERT's convolution input) move into one storage. What was replaced and what was left is logged
+    at level INFO by the logger "fastconv". Accelerating twice is accelerating once.
+
+    Raises: TypeError if model is no nn.Module; ValueError for an unknown backend; RuntimeError if there is nothing to
+    replace.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate takes a torch.nn.Module, got {type(model).__name__}")
+    dispatch.check_backend(backend)
+    replaced: Counter[str] = Counter()
+    left: Counter[str] = Counter()
+    configs: dict[str, Any] = {}
+    for name, module in model.named_modules(remove_duplicate=True):
+        config = getattr(module, "config", None) or configs.get(name.rpartition(".")[0])
+        configs[name] = config
+        original = module.fastconv_original if isinstance(module, Swapped) else type(module)
+        if _name(original) in _FORWARDS:
+            module.__class__ = _swapped_class(original)
+            module.fastconv_backend = backend
+            if hasattr(module, "fastconv_config"):
+                module.fastconv_config = config
+            replaced[original.__name__] += 1
+        elif next(module.parameters(recurse=False), None) is not None:
+            left[original.__name__] += 1
+    if not replaced:
+        raise RuntimeError(
+            f"accelerate found nothing to replace in {type(model).__name__}: expected layers of BERT or ConvBERT (of "
+            f"fastconv or of transformers) or torch.nn.LayerNorm, got parameters in {_count(left) or 'no module'}"
+        )
+    logger.info("%s: replaced %s; left %s", type(model).__name__, _count(replaced), _count(left) or "nothing")
+    return model
+
+
+def restore(model: M) -> M:
+    """Undo `accelerate`: every module gets its class back, and packed parameters storages of their own.
+
+    A model that isn't accelerated is returned as it is. Raises: TypeError if model is no nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"restore takes a torch.nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        if isinstance(module, Swapped):
+            if hasattr(module, "fastconv_packed"):
+                unpack(module.fastconv_packed())
+            module.__class__ = module.fastconv_original
+            for attribute in ("fastconv_backend", "fastconv_config"):
+                module.__dict__.pop(attribute, None)
+    return model
+
+
+def _count(classes: Counter[str]) -> str:
+    return ", ".join(f"{number} {name}" for name, number in sorted(classes.items()))

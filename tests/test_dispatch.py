@@ -1,0 +1,40 @@
+"""Which implementation runs: backend names, the context manager, and what "triton" does where it can't run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastconv
+from fastconv import dispatch
+
+
+def test_backend_unknown_name():
+    expected = r"unknown backend 'cuda': expected one of 'auto', 'triton', 'native'"
+    with pytest.raises(ValueError, match=expected), fastconv.backend("cuda"):
+        pass
+
+
+def test_backend_nests_and_comes_back_after_an_error():
+    x = torch.zeros(1)
+    with fastconv.backend("native"):
+        assert not dispatch.use_triton(x)
+        with pytest.raises(KeyError), fastconv.backend("auto"):
+            raise KeyError
+        assert not dispatch.use_triton(x)
+    assert dispatch._current == "auto"
+
+
+def test_backend_triton_on_a_cpu_tensor(monkeypatch):
+    monkeypatch.setattr(dispatch, "_INTERPRETING", False)
+    x = torch.zeros(2, 4)
+    assert not dispatch.use_triton(x)
+    with fastconv.backend("triton"), pytest.raises(RuntimeError, match=r"backend 'triton' can't run: .*'cpu'"):
+        fastconv.ops.layer_norm(x, torch.ones(4), torch.zeros(4))
+
+
+def test_backend_auto_interprets_where_triton_does(monkeypatch):
+    monkeypatch.setattr(dispatch, "_INTERPRETING", True)
+    assert dispatch.use_triton(torch.zeros(1))
+    with fastconv.backend("native"):
+        assert not dispatch.use_triton(torch.zeros(1))
