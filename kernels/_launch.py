@@ -45,3 +45,8 @@ def rows(x: torch.Tensor) -> torch.Tensor:
     """x (..., C) as (T, C) with a contiguous last dimension: a view where the strides allow it, else a copy."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def vector(x: torch.Tensor | None) -> torch.Tensor | None:
+    """x (C,) with contiguous elements; None stays None."""
+    return None if x is None else x.contiguous()

@@ -243,6 +243,7 @@ def layer_norm_fwd(
     shape, x = x.shape, _launch.rows(x)
     tokens, channels = x.shape
     residual_2d = None if residual is None else _launch.rows(residual)
+    weight, bias, x_bias = _launch.vector(weight), _launch.vector(bias), _launch.vector(x_bias)
     fused = x_bias is not None or residual is not None or dropout_p > 0.0
     y = torch.empty(shape, dtype=out_dtype, device=x.device)
     z = torch.empty(shape, dtype=out_dtype, device=x.device) if save and fused else None
@@ -302,6 +303,7 @@ def layer_norm_bwd(
     only another dtype is a reason to ask for it. The sums are fp32 (fp64 for fp64).
     """
     shape, dy, z2 = dy.shape, _launch.rows(dy), _launch.rows(z)
+    weight = _launch.vector(weight)
     tokens, channels = dy.shape
     dx = torch.empty(shape, dtype=dx_dtype, device=dy.device)
     dresidual = None if dresidual_dtype is None else torch.empty(shape, dtype=dresidual_dtype, device=dy.device)
