@@ -40,7 +40,7 @@ _EXPORTS = {
         "fastconv.models",
     ),
 }
-_SUBMODULES = ("ops", "nn", "reference")
+_SUBMODULES = ("ops", "nn", "parity", "reference")
 
 __all__ = ["__version__", *_EXPORTS, *_SUBMODULES]
 

@@ -184,12 +184,15 @@ class Encoder(nn.Module):
 
         attention_mask is additive, broadcastable to (B, H, S, S); head_mask has one entry a layer.
         """
-        states, attentions = [hidden_states], []
+        states, attentions = [hidden_states] if output_hidden_states else [], []
         for index, layer in enumerate(self.layer):
             layer_head_mask = None if head_mask is None else head_mask[index]
             hidden_states, probabilities = layer(hidden_states, attention_mask, layer_head_mask, output_attentions)
-            states.append(hidden_states)
-            attentions.append(probabilities)
+            # What nobody asks for must not be kept alive until the last layer.
+            if output_hidden_states:
+                states.append(hidden_states)
+            if output_attentions:
+                attentions.append(probabilities)
         return (
             hidden_states,
             tuple(states) if output_hidden_states else None,
