@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -20,6 +21,8 @@ BACKENDS = ("auto", "triton", "native")
 _MIN_CAPABILITY = (8, 0)
 
 _current = "auto"
+# The backend that a module was given, while its forward runs: per thread, since models are called from several.
+_of_module = threading.local()
 
 
 def check_backend(name: str) -> str:
@@ -44,6 +47,17 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         _current = before
+
+
+@contextlib.contextmanager
+def module_backend(name: str) -> Iterator[None]:
+    """Context in which every op of this thread runs the named implementation, whatever `backend` says."""
+    before = getattr(_of_module, "name", None)
+    _of_module.name = name
+    try:
+        yield
+    finally:
+        _of_module.name = before
 
 
 # The package triton exists for Linux only.
@@ -74,13 +88,14 @@ def _unsupported(device: torch.device) -> str | None:
 
 def use_triton(x: torch.Tensor) -> bool:
     """Whether an op on x runs its Triton kernel. Raises: RuntimeError if "triton" was asked for and can't run."""
-    if _current == "native":
+    current = getattr(_of_module, "name", None) or _current
+    if current == "native":
         return False
     if _INTERPRETING and x.device.type == "cpu":
         return True
-    if _current == "auto" and x.device.type != "cuda":
+    if current == "auto" and x.device.type != "cuda":
         return False
     reason = _unsupported(x.device)
-    if reason is not None and _current == "triton":
+    if reason is not None and current == "triton":
         raise RuntimeError(f"backend 'triton' can't run: {reason}; use backend 'auto' or 'native'")
     return reason is None

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from fastconv import dispatch
+from fastconv.nn._plain import original_class
 from fastconv.nn.attention import SelfAttention
 from fastconv.nn.feed_forward import GroupedLinear, Intermediate, PredictionTransform, ResidualOutput
 from fastconv.nn.layer_norm import LayerNorm
@@ -64,10 +65,12 @@ class Swapped:
         """The fused forward, with the backend that `accelerate` was given."""
         if self.fastconv_backend == "auto":
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        with dispatch.backend(self.fastconv_backend):
+        with dispatch.module_backend(self.fastconv_backend):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        if original_class(self) is None:
+            return super().__reduce_ex__(protocol)  # a class that somebody made from one of ours
         # The class is made at run time: a pickle names the original instead, and makes it again.
         state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
         return _new, (self.fastconv_original,), state
@@ -81,7 +84,9 @@ def _new(original: type[nn.Module]) -> nn.Module:
 def _swapped_class(original: type[nn.Module]) -> type[nn.Module]:
     forward = _FORWARDS[_name(original)]
     bases = (Swapped, forward) if issubclass(forward, original) else (Swapped, forward, original)
-    return type(f"Fast{original.__name__}", bases, {"fastconv_original": original, "__module__": __name__})
+    made = type(f"Fast{original.__name__}", bases, {"fastconv_original": original, "__module__": __name__})
+    made.fastconv_class = made  # type: ignore[attr-defined]
+    return made
 
 
 def _name(cls: type) -> str:
@@ -111,16 +116,19 @@ def accelerate(model: M, *, backend: str = "auto") -> M:
     left: Counter[str] = Counter()
     configs: dict[str, Any] = {}
     for name, module in model.named_modules(remove_duplicate=True):
-        config = getattr(module, "config", None) or configs.get(name.rpartition(".")[0])
-        configs[name] = config
-        original = module.fastconv_original if isinstance(module, Swapped) else type(module)
-        if _name(original) in _FORWARDS:
+        config = getattr(module, "config", None)
+        # Any module may have a `config`: a model's says what to output. Others inherit.
+        configs[name] = config if hasattr(config, "output_attentions") else configs.get(name.rpartition(".")[0])
+        original = original_class(module) or type(module)
+        known = _name(original) in _FORWARDS
+        # A forward of the instance's own (an offloading hook's, say) comes before that of any class.
+        if known and "forward" not in module.__dict__:
             module.__class__ = _swapped_class(original)
             module.fastconv_backend = backend
             if hasattr(module, "fastconv_config"):
-                module.fastconv_config = config
+                module.fastconv_config = configs[name]
             replaced[original.__name__] += 1
-        elif next(module.parameters(recurse=False), None) is not None:
+        elif known or next(module.parameters(recurse=False), None) is not None:
             left[original.__name__] += 1
     if not replaced:
         raise RuntimeError(
@@ -139,10 +147,10 @@ def restore(model: M) -> M:
     if not isinstance(model, nn.Module):
         raise TypeError(f"restore takes a torch.nn.Module, got {type(model).__name__}")
     for module in model.modules():
-        if isinstance(module, Swapped):
+        if original := original_class(module):
             if hasattr(module, "fastconv_packed"):
                 unpack(module.fastconv_packed())
-            module.__class__ = module.fastconv_original
+            module.__class__ = original
             for attribute in ("fastconv_backend", "fastconv_config"):
                 module.__dict__.pop(attribute, None)
     return model

@@ -41,14 +41,16 @@ def assert_op_2x(
     reference: Callable[..., torch.Tensor],
     inputs: dict[str, torch.Tensor],
     dy: torch.Tensor | None = None,
+    roundings: int = 1,
 ) -> None:
     """Assert the 2x rule for op(**inputs) and for the gradient of every floating point input.
 
     `reference` takes the same tensors; it runs in fp64 for the truth and in the inputs' dtypes for PyTorch's own error.
     dy: the output's gradient, random if None.
+    roundings: how many are allowed beside the 2x; more than one only with a reason.
     """
     truth_inputs = {k: t.detach().double() if t.is_floating_point() else t for k, t in inputs.items()}
-    rounding = _rounding(*(t.dtype for t in inputs.values() if t.is_floating_point()))
+    rounding = roundings * _rounding(*(t.dtype for t in inputs.values() if t.is_floating_point()))
     y, grads, dy = _run(op, inputs, dy)
     y_ref, grads_ref, _ = _run(reference, inputs, dy)
     y_true, grads_true, _ = _run(reference, truth_inputs, dy.double())

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from fastconv.nn.layer_norm import LayerNorm
 
 
 def bare(module: nn.Module) -> bool:
-    # Hooks, adapters and parametrizations must see the call; the last two change the class or the instance.
+    """Whether a call of the module is its class's forward and nothing else.
+
+    Hooks, adapters and parametrizations must see the call; the last two change the class or the instance.
+    """
     return not (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
+        or _has_any_global_hook()
     )
 
 
@@ -23,10 +28,18 @@ def plain_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear and bare(module)
 
 
+def original_class(module: nn.Module) -> type[nn.Module] | None:
+    """The class that a module had before `accelerate`, None if its class is none of those that accelerate makes.
+
+    A class that somebody made from one of those is none of them.
+    """
+    return module.fastconv_original if getattr(module, "fastconv_class", None) is type(module) else None  # type: ignore[return-value]
+
+
 def plain_layer_norm(module: nn.Module) -> bool:
     """Whether the module is nothing but a LayerNorm over one dimension with parameters."""
     return (
-        type(module) in (nn.LayerNorm, LayerNorm)
+        (type(module) in (nn.LayerNorm, LayerNorm) or original_class(module) is nn.LayerNorm)
         and len(module.normalized_shape) == 1
         and module.weight is not None
         and bare(module)

@@ -10,15 +10,20 @@ from torch import nn
 from fastconv.nn._plain import dropout_p, plain_dropout
 from fastconv.nn.packed_linear import packed_linear
 from fastconv.ops import masked_attention
+from fastconv.ops._eager import autocasting
+from fastconv.ops.masked_attention import attention
 
-# Arguments of the callers' signatures that the fused forward has no part for; None and False ask for nothing.
-_BEYOND = (
-    "head_mask",
-    "encoder_hidden_states",
-    "past_key_values",
-    "past_key_value",
-    "output_attentions",
-)
+# Keyword arguments that callers pass on and that no self-attention looks at.
+_IGNORED = {
+    "position_ids",
+    "cache_position",
+    "use_cache",
+    "output_hidden_states",
+    "return_dict",
+    "num_items_in_batch",
+}
+# transformers' names of the implementations that compute plain attention; others are somebody's own.
+_PLAIN_ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3")
 
 
 class FastForward:
@@ -33,13 +38,10 @@ class FastForward:
         """Whether a self-attention call asks only for what the fused forward does."""
         if any(argument is not None and argument is not False for argument in args):
             return False
-        for name in _BEYOND:
-            argument = kwargs.get(name)
-            if argument is not None and argument is not False:
+        for name, argument in kwargs.items():
+            if argument is not None and argument is not False and name not in _IGNORED:
                 return False
         if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 4):
-            return False
-        if getattr(self.fastconv_config, "output_attentions", False):
             return False
         return (
             hidden_states.dim() == 3
@@ -47,21 +49,49 @@ class FastForward:
             and getattr(self, "position_embedding_type", "absolute") == "absolute"
             and not getattr(self, "is_causal", False)
             and not getattr(self, "is_decoder", False)
+            and getattr(self.fastconv_config, "_attn_implementation", None) in _PLAIN_ATTENTION
             and plain_dropout(self.dropout)  # type: ignore[attr-defined]
+            and not self._observed()
         )
+
+    def _observed(self) -> bool:
+        """Whether somebody may look at the probabilities, which the fused forward doesn't make."""
+        if getattr(self.fastconv_config, "output_attentions", False):
+            return True
+        for hook in self._forward_hooks.values():  # type: ignore[attr-defined]
+            # transformers 5.x leaves hooks of its own on the module, which keep attentions if the config says so.
+            own = getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
+            if not own or not hasattr(self.fastconv_config, "output_attentions"):
+                return True
+        return False
 
 
 def attend(
     module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """masked_attention of a module's heads: q, k, v (B, S, H*D), mask (B, 1 or H, S, S) -> (B, S, H*D)."""
+    """Attention of a module's heads: q, k, v (B, S, H*D), mask (B, 1 or H, S, S) -> (B, S, H*D)."""
     heads = (module.num_attention_heads, module.attention_head_size)
+    q, k, v = (t.unflatten(-1, heads) for t in (q, k, v))
+    p = dropout_p(module.dropout)
     if mask is not None and mask.stride(2) == 0:
         # Expanded over the queries: one row says it all.
         mask = mask[:, :, :1]
-    p = dropout_p(module.dropout)
-    y = masked_attention(*(t.unflatten(-1, heads) for t in (q, k, v)), mask=mask, dropout_p=p)
+    if mask is not None and _ready(module, mask, q.dtype):
+        y = attention(q, k, v, mask, p)
+    else:
+        y = masked_attention(q, k, v, mask=mask, dropout_p=p)
     return y.flatten(2)
+
+
+def _ready(module: nn.Module, mask: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether scaled_dot_product_attention may get a model's mask as it is, which saves a pass over it in every layer.
+
+    Models add finite numbers to the scores, so there is no -inf to replace. A bool mask is one that transformers made
+    for scaled_dot_product_attention: a row without a key is what that makes of it.
+    """
+    if mask.dtype == torch.bool:
+        return getattr(module.fastconv_config, "_attn_implementation", None) == "sdpa"
+    return mask.dtype == dtype and not autocasting(mask)
 
 
 class SelfAttention(FastForward):

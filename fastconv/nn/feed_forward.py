@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 from fastconv.dispatch import use_triton
 from fastconv.nn._plain import bare, dropout_p, plain_dropout, plain_layer_norm, plain_linear
+from fastconv.nn.packed_linear import linear
 from fastconv.ops import _onednn, grouped_linear, layer_norm, linear_act
 from fastconv.reference.ops import get_activation
 
@@ -32,10 +35,16 @@ def activation_name(module: nn.Module) -> str | None:
     """
     if hasattr(module, "activation"):
         return module.activation
-    function = getattr(module, "intermediate_act_fn", None) or getattr(module, "transform_act_fn", None)
+    function = _activation_function(module)
     if isinstance(function, nn.Module) and not bare(function):
         return None
+    if not type(function).__module__.startswith(("transformers.activations", "torch.nn.")):
+        return None
     return _ACTIVATION_CLASSES.get(type(function).__name__)
+
+
+def _activation_function(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    return module.intermediate_act_fn if hasattr(module, "intermediate_act_fn") else module.transform_act_fn
 
 
 def dense_act(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -43,10 +52,10 @@ def dense_act(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     name, dense = activation_name(module), module.dense
     if name is not None and plain_linear(dense):
         return linear_act(x, dense.weight, dense.bias, name)
-    y = linear_act(x, dense.weight, dense.bias, None) if plain_linear(dense) else dense(x)
+    y = linear(x, dense)
     if name is not None:
         return get_activation(name)(y)
-    return (getattr(module, "intermediate_act_fn", None) or module.transform_act_fn)(y)
+    return _activation_function(module)(y)
 
 
 class Intermediate:
@@ -87,19 +96,8 @@ class ResidualOutput:
         elif use_triton(hidden_states):
             # The bias goes into the norm's kernel, which passes over x anyway.
             x, x_bias = linear_act(hidden_states, dense.weight, None, None), dense.bias
-        elif p == 0.0 and _adds(hidden_states, dense, residual):
+        elif p == 0.0 and _onednn.usable(hidden_states, dense.weight, dense.bias, residual):
             x, residual = _onednn.linear_binary(hidden_states, residual, dense.weight, dense.bias, "add"), None
         else:
             x = linear_act(hidden_states, dense.weight, dense.bias, None)
         return layer_norm(x, norm.weight, norm.bias, norm.eps, x_bias=x_bias, residual=residual, dropout_p=p)
-
-
-def _adds(x: torch.Tensor, dense: nn.Linear, residual: torch.Tensor) -> bool:
-    """Whether oneDNN can add the residual in the product's epilogue."""
-    return (
-        _onednn.usable(x, dense.weight, dense.bias)
-        and residual.is_contiguous()
-        and residual.dtype == x.dtype
-        and residual.shape == (*x.shape[:-1], dense.out_features)
-        and not (torch.is_grad_enabled() and residual.requires_grad)
-    )

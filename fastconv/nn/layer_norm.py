@@ -11,11 +11,11 @@ from fastconv.ops import layer_norm
 class LayerNorm(nn.LayerNorm):
     """nn.LayerNorm over the last dimension, same parameters and arguments; only `forward` is another.
 
-    forward: x (..., C) float -> (..., C). A shape of several dimensions or elementwise_affine=False stays torch's.
+    forward: input (..., C) float -> (..., C). A shape of several dimensions or elementwise_affine=False stays torch's.
     """
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """LayerNorm of x (..., C); see fastconv.ops.layer_norm."""
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """LayerNorm of input (..., C); see fastconv.ops.layer_norm."""
         if len(self.normalized_shape) != 1 or self.weight is None:
-            return super().forward(x)
-        return layer_norm(x, self.weight, self.bias, self.eps)
+            return super().forward(input)
+        return layer_norm(input, self.weight, self.bias, self.eps)

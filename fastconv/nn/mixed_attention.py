@@ -9,7 +9,7 @@ from torch import nn
 
 from fastconv.nn._plain import bare
 from fastconv.nn.attention import FastForward, attend
-from fastconv.nn.packed_linear import packed_linear
+from fastconv.nn.packed_linear import linear, packed_linear
 from fastconv.ops import separable_conv, span_dynamic_conv
 
 
@@ -25,7 +25,7 @@ class MixedAttention(FastForward):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
         q, k, v, conv_out = packed_linear(hidden_states, self.fastconv_packed())
         span = separable_conv(hidden_states, conv.depthwise.weight, conv.pointwise.weight, conv.bias, gate=q)
-        (logits,) = packed_linear(span, (self.conv_kernel_layer,))  # type: ignore[attr-defined]
+        logits = linear(span, self.conv_kernel_layer)  # type: ignore[attr-defined]
         convolved = span_dynamic_conv(conv_out, logits, self.conv_kernel_size)  # type: ignore[attr-defined]
         attended = attend(self, q, k, v, attention_mask)  # type: ignore[arg-type]
         return torch.cat((attended, convolved), -1), None
@@ -35,6 +35,17 @@ class MixedAttention(FastForward):
         return self.query, self.key, self.value, self.conv_out_layer  # type: ignore[attr-defined]
 
 
+_SEPARABLE = (
+    "fastconv.reference.layers.SeparableConv1D",
+    "transformers.models.convbert.modeling_convbert.SeparableConv1D",
+)
+
+
 def _plain_separable(module: nn.Module) -> bool:
-    layers = (getattr(module, "depthwise", None), getattr(module, "pointwise", None))
-    return bare(module) and all(type(layer) is nn.Conv1d and bare(layer) for layer in layers)
+    """Whether the module is nothing but a separable convolution, so that its three parameters say all."""
+    cls = type(module)
+    return (
+        f"{cls.__module__}.{cls.__qualname__}" in _SEPARABLE
+        and bare(module)
+        and all(type(layer) is nn.Conv1d and bare(layer) for layer in (module.depthwise, module.pointwise))
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -9,72 +11,123 @@ from torch import nn
 
 from fastconv.nn._plain import plain_linear
 from fastconv.ops import linear_act
+from fastconv.ops._eager import plain, unobserved
+
+# First of the layers -> weight and bias of all, in whose memory the layers' parameters lie. Not an attribute of a
+# module: a copy or a pickle of one has memory of its own.
+_packs: weakref.WeakKeyDictionary[nn.Module, list[torch.Tensor]] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def linear(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+    """layer(x), by linear_act where the layer is a plain nn.Linear."""
+    return linear_act(x, layer.weight, layer.bias, None) if plain_linear(layer) else layer(x)
 
 
 def packed_linear(x: torch.Tensor, layers: Sequence[nn.Module]) -> list[torch.Tensor]:
     """[layer(x) for layer in layers], by one matrix product where the layers are plain nn.Linear.
 
-    x: (..., I); each result (..., O_i), a slice of one tensor
+    x: (..., I); each result (..., O_i), a slice of one tensor where there was one product
 
-    For inference the layers' parameters become neighbours in one storage, so that the packed weight is a view of them
-    and can't be stale: whatever writes to a parameter writes to it. The Parameter objects stay the same. With a
-    gradient the parameters are concatenated, and autograd splits it.
+    For inference the layers' parameters become neighbours in memory, so that the packed weight is that memory and can't
+    be stale: whatever writes to a parameter writes to it. The Parameter objects stay the same, and each has a storage
+    of its own size. Parameters whose memory something else uses too are left where they are. With a gradient the
+    parameters are concatenated, and autograd splits it.
     """
     if not all(plain_linear(layer) for layer in layers) or len({layer.bias is None for layer in layers}) != 1:
-        return [layer(x) for layer in layers]
-    sizes = [layer.out_features for layer in layers]
-    weight = _packed([layer.weight for layer in layers])
-    bias = None if layers[0].bias is None else _packed([layer.bias for layer in layers])
-    return list(linear_act(x, weight, bias, None).split(sizes, -1))
+        return [linear(x, layer) for layer in layers]
+    kinds = [[layer.weight for layer in layers]]
+    if layers[0].bias is not None:
+        kinds.append([layer.bias for layer in layers])
+    parameters = [p for kind in kinds for p in kind]
+    if not all(plain(p) for p in parameters):
+        return [linear(x, layer) for layer in layers]
+    if not unobserved() or (torch.is_grad_enabled() and any(p.requires_grad for p in parameters)):
+        packed = [torch.cat(kind) for kind in kinds]
+    else:
+        packed = _packed(layers[0], kinds)
+        if not packed:
+            return [linear(x, layer) for layer in layers]
+    y = linear_act(x, packed[0], packed[1] if len(packed) > 1 else None, None)
+    return list(y.split([layer.out_features for layer in layers], -1))
 
 
-def _packed(parameters: list[torch.Tensor]) -> torch.Tensor:
-    """The parameters (O_i, ...) as one tensor (sum O_i, ...)."""
+def _packed(owner: nn.Module, kinds: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+    """The memory that the parameters of each kind share, moved there unless they are; empty if they can't move."""
+    packed = _packs.get(owner, [])
+    if _hold(packed, kinds):
+        return packed
+    # Two threads' first calls must not pack twice: each would take the parameters out of the other's memory.
+    with _lock:
+        packed = _packs.get(owner, [])
+        if not _hold(packed, kinds):
+            packed = [_pack(kind) for kind in kinds] if all(_movable(kind) for kind in kinds) else []
+            _packs[owner] = packed
+    return packed
+
+
+def _hold(packed: list[torch.Tensor], kinds: list[list[torch.Tensor]]) -> bool:
+    """Whether each packed tensor is the memory of the parameters of its kind, in their order."""
+    if len(packed) != len(kinds):
+        return False
+    for whole, kind in zip(packed, kinds, strict=True):
+        start = whole.data_ptr()
+        for p in kind:
+            if p.data_ptr() != start or p.dtype != whole.dtype or not p.is_contiguous():
+                return False
+            start += p.numel() * p.element_size()
+        if start != whole.data_ptr() + whole.numel() * whole.element_size():
+            return False
+    return True
+
+
+def _movable(parameters: list[torch.Tensor]) -> bool:
+    """Whether the parameters may move in memory: nothing but they may look into that which they have.
+
+    Something else may: a tied or a flat parameter, an alias that somebody writes through, another process.
+    """
     first = parameters[0]
-    differentiable = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
-    if differentiable or torch.compiler.is_compiling() or not all(_own_storage(p, first) for p in parameters):
-        return torch.cat(parameters)
-    if not _neighbours(parameters):
-        _pack(parameters)
-    rows = sum(p.shape[0] for p in parameters)
-    return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
-
-
-def _own_storage(p: torch.Tensor, first: torch.Tensor) -> bool:
-    # Not a subclass (quantized, distributed), not a functional call's stand-in, not a shape without memory.
-    return (
+    return len({id(p) for p in parameters}) == len(parameters) and all(
         type(p) is nn.Parameter
         and p.layout == torch.strided
         and p.device.type != "meta"
         and p.device == first.device
         and p.dtype == first.dtype
+        and p.shape[1:] == first.shape[1:]
         and p.is_contiguous()
         and not p.is_inference()
+        and p.untyped_storage().nbytes() == p.numel() * p.element_size() > 0
+        and _users(p) == _LONE
+        and not (p.device.type == "cpu" and p.is_shared())
+        for p in parameters
     )
 
 
-def _neighbours(parameters: list[torch.Tensor]) -> bool:
-    storage = parameters[0].untyped_storage().data_ptr()
-    end = parameters[0].data_ptr()
-    for p in parameters:
-        # Two allocations can lie side by side: one storage must hold them all.
-        if p.data_ptr() != end or p.untyped_storage().data_ptr() != storage:
-            return False
-        end += p.numel() * p.element_size()
-    return True
+def _users(p: torch.Tensor) -> int:
+    return torch._C._storage_Use_Count(p.untyped_storage()._cdata)
 
 
-def _pack(parameters: list[torch.Tensor]) -> None:
+# What a lone tensor counts: itself, and the Python object that asks.
+_LONE = _users(torch.empty(1, device="cpu"))
+
+
+def _pack(parameters: list[torch.Tensor]) -> torch.Tensor:
     # Not as inference tensors, even under inference_mode: the parameters may be trained later.
     with torch.inference_mode(False), torch.no_grad():
         packed = torch.cat([p.detach() for p in parameters])
-        for p, part in zip(parameters, packed.split([p.shape[0] for p in parameters]), strict=True):
-            p.data = part
+        storage, start = packed.untyped_storage(), 0
+        for p in parameters:
+            end = start + p.numel() * p.element_size()
+            # A storage of the parameter's size: files and pickles of a slice of a larger one hold the larger one.
+            p.data = torch.empty(0, dtype=p.dtype, device=p.device).set_(storage[start:end], 0, p.shape, p.stride())
+            start = end
+    return packed
 
 
 def unpack(layers: Sequence[nn.Module]) -> None:
-    """Give each plain linear layer's parameters a storage of their own again."""
-    for layer in layers:
-        for p in layer.parameters(recurse=False):
-            if p.untyped_storage().nbytes() > p.numel() * p.element_size():
+    """Give the parameters that `packed_linear` moved together memory of their own again."""
+    for packed in _packs.pop(layers[0], []):
+        start, end = packed.data_ptr(), packed.data_ptr() + packed.numel() * packed.element_size()
+        for p in (p for layer in layers for p in layer.parameters()):
+            if p.device == packed.device and start <= p.data_ptr() < end:
                 p.data = p.detach().clone()

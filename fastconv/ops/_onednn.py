@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import torch
 
-# Activation name -> (attribute, algorithm) of oneDNN; the erf and the tanh GELU are distinct there.
+from fastconv.ops._eager import plain, unobserved
+
+# Activation name -> (attribute, algorithm) of oneDNN; the erf and the tanh GELU are distinct there. Its relu is not
+# here: it makes 0 of NaN.
 _EPILOGUE: dict[str | None, tuple[str, str]] = {
     None: ("none", ""),
     "linear": ("none", ""),
@@ -20,7 +23,6 @@ _EPILOGUE: dict[str | None, tuple[str, str]] = {
     "gelu_accurate": ("gelu", "tanh"),
     "gelu_python_tanh": ("gelu", "tanh"),
     "gelu_pytorch_tanh": ("gelu", "tanh"),
-    "relu": ("relu", ""),
     "silu": ("swish", ""),
     "swish": ("swish", ""),
     "tanh": ("tanh", ""),
@@ -41,30 +43,26 @@ _AVAILABLE = _available()
 _DTYPES = {torch.float32}
 if _AVAILABLE and torch.ops.mkldnn._is_mkldnn_bf16_supported():
     _DTYPES.add(torch.bfloat16)
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def usable(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
-    """Whether `linear` may stand in for torch's: nothing but plain eager inference on the CPU must be going on.
+def usable(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, other: torch.Tensor | None = None) -> bool:
+    """Whether `linear`, or `linear_binary` with `other`, may stand in for torch's ops.
 
-    A gradient (reverse, forward mode or torch.func's), a trace, autocast or a tensor subclass would be lost in it.
+    Nothing but plain eager inference on the CPU must be going on: the ops have no gradient, and no rule for autocast.
+    The bias and the other operand must be contiguous: oneDNN reads them as if they were.
     """
+    given = [t for t in (x, weight, bias, other) if t is not None]
     return (
         _AVAILABLE
         and x.device.type == "cpu"
         and x.dtype in _DTYPES
-        and weight.dtype == x.dtype
-        and (bias is None or bias.dtype == x.dtype)
-        and type(x) is torch.Tensor
-        and type(weight) in _PLAIN
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and all(plain(t) and t.dtype == x.dtype for t in given)
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in given))
+        and unobserved()
         and not torch.is_autocast_enabled("cpu")
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         and torch.backends.mkldnn.enabled
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch.autograd.forward_ad._current_level < 0
-        and torch._C._len_torch_dispatch_stack() == 0
+        and (bias is None or bias.is_contiguous())
+        and (other is None or (other.is_contiguous() and other.shape == (*x.shape[:-1], weight.shape[0])))
         and x.numel() > 0
         and weight.numel() > 0
     )
@@ -86,5 +84,5 @@ def linear(
 def linear_binary(
     x: torch.Tensor, other: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, operation: str
 ) -> torch.Tensor:
-    """(x @ weight.T + bias) op other, op "add" or "mul": other (..., O) contiguous -> (..., O)."""
+    """(x @ weight.T + bias) op other, op "add" or "mul": other (..., O) -> (..., O)."""
     return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, bias, operation)

@@ -32,12 +32,13 @@ def separable_conv(
         return x.new_zeros(*x.shape[:2], pointwise.shape[0])
     spread = _depthwise(x, depthwise)
     weight, bias = pointwise.squeeze(-1), bias.squeeze(-1)
-    if _onednn.usable(spread, weight, bias):
-        if gate is not None and gate.is_contiguous() and gate.dtype == spread.dtype:
-            return _onednn.linear_binary(spread, gate, weight, bias, "mul")
-        y = _onednn.linear(spread, weight, bias)
-    else:
+    factor = gate if gate is not None and gate.is_contiguous() else None
+    if not _onednn.usable(spread, weight, bias, factor):
         y = F.linear(spread, weight, bias)
+    elif factor is not None:
+        return _onednn.linear_binary(spread, factor, weight, bias, "mul")
+    else:
+        y = _onednn.linear(spread, weight, bias)
     return y if gate is None else y * gate
 
 
@@ -51,10 +52,19 @@ def _depthwise(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         image = x.transpose(1, 2).unsqueeze(2)
         y = F.conv2d(image, weight.unsqueeze(2), padding=(0, size // 2), groups=weight.shape[0])
         return y.squeeze(2).transpose(1, 2)
-    # Shift-and-add: pointwise operations, which torch.compile fuses into one pass.
-    padded = F.pad(x, (0, 0, size // 2, size // 2))
-    taps = weight.squeeze(1).unbind(-1)
+    return _shift_and_add(x, weight)
+
+
+def _shift_and_add(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The depthwise convolution by pointwise operations, which torch.compile fuses into one pass.
+
+    In fp32 at least: sums rounded to half precision would lose a bit every few taps.
+    """
+    size = weight.shape[-1]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    padded = F.pad(x.to(wide), (0, 0, size // 2, size // 2))
+    taps = weight.squeeze(1).to(wide).unbind(-1)
     y = padded[:, : x.shape[1]] * taps[0]
     for k in range(1, size):
         y = torch.addcmul(y, padded[:, k : k + x.shape[1]], taps[k])
-    return y
+    return y.to(x.dtype)

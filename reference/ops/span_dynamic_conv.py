@@ -52,8 +52,8 @@ def check(value: Tensor, kernel_logits: Tensor, kernel_size: int) -> int:
             f"value and kernel_logits must have shapes (B, S, H*D) and (B, S, H*K), got {tuple(value.shape)} and "
             f"{tuple(kernel_logits.shape)}"
         )
-    heads, rest = divmod(kernel_logits.shape[2], kernel_size)
-    if rest or heads == 0 or value.shape[2] % heads or value.shape[2] == 0:
+    heads = kernel_logits.shape[2] // kernel_size  # not divmod: a trace's sizes are tensors
+    if heads * kernel_size != kernel_logits.shape[2] or heads == 0 or value.shape[2] % heads or value.shape[2] == 0:
         raise ValueError(
             f"kernel_logits (B, S, H*K) must have H*K divisible by kernel_size {kernel_size}, and value (B, S, H*D) "
             f"H*D divisible by H, got {tuple(kernel_logits.shape)} and {tuple(value.shape)}"

@@ -1,0 +1,32 @@
+"""Whether a computation runs as written: eagerly, on plain tensors, with nothing that follows it."""
+
+from __future__ import annotations
+
+import torch
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def unobserved() -> bool:
+    """Whether no trace, torch.func transform, forward-mode AD or dispatch mode follows the calls of this thread.
+
+    Those see operators only: what goes around an operator, or has no gradient of theirs, would be lost in them.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch.autograd.forward_ad._current_level < 0
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+def plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is no subclass: not quantized, distributed or fake."""
+    return type(tensor) in _PLAIN
+
+
+def autocasting(x: torch.Tensor) -> bool:
+    """Whether autocast applies to x now. Not every device knows of it (meta)."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64

@@ -1,0 +1,220 @@
+"""span_dynamic_conv against the reference: kernel sizes, gradients, inference, shapes, layouts, out, transforms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from op_suite import (
+    assert_autocast_2x,
+    assert_compiled,
+    assert_each_gradient,
+    assert_fp64,
+    assert_inference_2x,
+    assert_pure,
+    assert_transforms,
+    leaves,
+)
+from shapes import LAYOUTS, with_layout
+from tolerance import assert_2x, assert_op_2x
+
+from fastconv.ops import span_dynamic_conv
+from fastconv.reference.ops import span_dynamic_conv as reference_span_dynamic_conv
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def make(B=2, S=11, H=2, D=5, K=3, dtype=torch.float32, device="cpu"):
+    """Inputs of span_dynamic_conv without the kernel size."""
+    return {
+        "value": torch.randn(B, S, H * D).to(device, dtype),
+        "kernel_logits": (2 * torch.randn(B, S, H * K)).to(device, dtype),
+    }
+
+
+def pair(kernel_size=3):
+    """The op and its reference with one kernel size."""
+    return (
+        lambda value, kernel_logits: span_dynamic_conv(value, kernel_logits, kernel_size),
+        lambda value, kernel_logits: reference_span_dynamic_conv(value, kernel_logits, kernel_size),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kernel_size", [1, 3, 5, 7, 9, 15, 31])
+def test_span_dynamic_conv_parity(backend, device, kernel_size, dtype):
+    inputs = make(S=20, K=kernel_size, dtype=dtype, device=device)
+    assert_op_2x(*pair(kernel_size), inputs)
+    assert_inference_2x(*pair(kernel_size), inputs)
+
+
+@pytest.mark.parametrize("kernel_size", [1, 9])
+def test_span_dynamic_conv_fp64(backend, device, kernel_size):
+    assert_fp64(*pair(kernel_size), make(K=kernel_size, device=device))
+
+
+@pytest.mark.parametrize("length", [1, 2, 4, 5, 8, 9, 63, 65, 127])
+def test_span_dynamic_conv_lengths(backend, device, length):
+    inputs = make(S=length, K=9, device=device)
+    assert_op_2x(*pair(9), inputs)
+    assert_inference_2x(*pair(9), inputs)
+
+
+@pytest.mark.parametrize(("H", "D"), [(1, 1), (1, 63), (3, 1), (3, 3), (6, 64), (4, 48), (16, 2)])
+def test_span_dynamic_conv_heads(backend, device, H, D):
+    inputs = make(S=6, H=H, D=D, K=5, device=device)
+    assert_op_2x(*pair(5), inputs)
+    assert_inference_2x(*pair(5), inputs)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_span_dynamic_conv_layouts(backend, device, layout, dtype):
+    inputs = make(dtype=dtype, device=device)
+    dy = with_layout(torch.randn(2, 11, 10, device=device).to(dtype), layout)
+    for name in inputs:
+        changed = inputs | {name: with_layout(inputs[name], layout)}
+        assert_op_2x(*pair(), changed, dy)
+        assert_inference_2x(*pair(), changed)
+    both = {name: with_layout(t, layout) for name, t in inputs.items()}
+    assert_op_2x(*pair(), both, dy)
+
+
+def test_span_dynamic_conv_expanded(backend, device):
+    inputs = {k: t[:1, :1].expand(2, 11, -1) for k, t in make(device=device).items()}
+    assert_op_2x(*pair(), inputs, torch.ones((), device=device).expand(2, 11, 10))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_span_dynamic_conv_large_logits(backend, device, dtype):
+    # The softmax may neither overflow nor lose its largest logit.
+    inputs = make(dtype=dtype, device=device)
+    inputs["kernel_logits"] = 5e3 * inputs["kernel_logits"]
+    assert_op_2x(*pair(), inputs)
+
+
+def test_span_dynamic_conv_large_values(backend, device):
+    # The sum runs in fp32: halves of fp16's largest number may pass through it.
+    inputs = make(dtype=torch.float16, device=device)
+    inputs["value"] = 3e4 * inputs["value"].sign()
+    assert_op_2x(*pair(), inputs)
+
+
+def test_span_dynamic_conv_is_local(backend, device):
+    inputs = make(S=11, K=5, device=device)
+    value = inputs["value"].requires_grad_()
+    (dvalue,) = torch.autograd.grad(span_dynamic_conv(**inputs, kernel_size=5)[:, 4].sum(), value)
+    assert dvalue[:, 2:7].abs().min() > 0
+    for outside in (dvalue[:, :2], dvalue[:, 7:]):
+        assert torch.equal(outside, torch.zeros_like(outside))
+
+
+def test_span_dynamic_conv_one_tap_is_the_value(backend, device):
+    inputs = make(K=1, device=device)
+    assert torch.equal(span_dynamic_conv(**inputs, kernel_size=1), inputs["value"])
+
+
+def test_span_dynamic_conv_each_gradient(backend, device):
+    assert_each_gradient(*pair(), make(device=device))
+
+
+def test_span_dynamic_conv_gradcheck(backend, device):
+    inputs = make(B=1, S=4, D=2, K=5, dtype=torch.float64, device=device)
+    assert torch.autograd.gradcheck(pair(5)[0], [t.requires_grad_() for t in inputs.values()])
+
+
+def test_span_dynamic_conv_one_tensor_in_two_slots(backend, device):
+    # value and kernel_logits may be one tensor if a head is as wide as its kernel.
+    x = torch.randn(2, 7, 6, device=device)
+    results = []
+    for function in pair(3):
+        leaf = x.clone().requires_grad_()
+        results.append(torch.autograd.grad(function(leaf, leaf).sin().sum(), leaf)[0])
+    torch.testing.assert_close(*results)
+
+
+def test_span_dynamic_conv_is_pure(backend, device):
+    assert_pure(pair()[0], make(device=device))
+    assert_pure(pair(1)[0], make(K=1, device=device))
+
+
+def test_span_dynamic_conv_result_is_a_new_tensor(backend, device):
+    inputs = make(K=1, device=device)
+    before = inputs["value"].clone()
+    span_dynamic_conv(**inputs, kernel_size=1).zero_()
+    assert torch.equal(inputs["value"], before)
+
+
+def test_span_dynamic_conv_compiled(backend, device):
+    assert_compiled(pair(5)[0], make(K=5, device=device))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script", "ignore:There is a performance drop")
+def test_span_dynamic_conv_transforms(backend, device):
+    assert_transforms(*pair(), make(S=5, device=device))
+
+
+def test_span_dynamic_conv_autocast(backend, device):
+    assert_autocast_2x(*pair(), make(device=device))
+
+
+# out
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_span_dynamic_conv_out(backend, device, dtype):
+    inputs = make(dtype=dtype, device=device)
+    wide = torch.full((2, 11, 25), 7.0, device=device, dtype=dtype)
+    with torch.no_grad():
+        y = span_dynamic_conv(**inputs, kernel_size=3, out=wide[..., 5:15])
+    truth = reference_span_dynamic_conv(*(t.double() for t in inputs.values()), 3)
+    assert y.data_ptr() == wide[..., 5:15].data_ptr() and y.shape == (2, 11, 10)
+    assert_2x("out", wide[..., 5:15], reference_span_dynamic_conv(**inputs, kernel_size=3), truth)
+    assert (wide[..., :5] == 7).all() and (wide[..., 15:] == 7).all()
+
+
+@pytest.mark.parametrize("trained", ["value", "kernel_logits", "out"])
+def test_span_dynamic_conv_out_has_no_gradient(backend, device, trained):
+    inputs = leaves(make(device=device) | {"out": torch.zeros(2, 11, 10, device=device)}, (trained,))
+    with pytest.raises(ValueError, match="out can't be used where a gradient is needed"):
+        span_dynamic_conv(**inputs, kernel_size=3)
+    with torch.no_grad():
+        span_dynamic_conv(**inputs, kernel_size=3)
+
+
+# Sizes at the edges, and bad input
+
+
+@pytest.mark.parametrize(("B", "S"), [(0, 5), (2, 0), (0, 0)])
+def test_span_dynamic_conv_empty_batch(backend, device, B, S):
+    inputs = {k: t.requires_grad_() for k, t in make(B=B, S=S, device=device).items()}
+    y = span_dynamic_conv(**inputs, kernel_size=3)
+    assert y.shape == (B, S, 10)
+    y.sum().backward()
+    assert inputs["value"].grad.shape == (B, S, 10) and inputs["kernel_logits"].grad.shape == (B, S, 6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"value": torch.ones(2, 11, 10, dtype=torch.int64)}, TypeError, r"value must be a real floating.*int64"),
+        ({"value": torch.ones(2, 11, 10, dtype=torch.complex64)}, TypeError, r"value must be.*complex64"),
+        ({"kernel_logits": torch.ones(2, 11, 6, dtype=torch.bool)}, TypeError, r"kernel_logits must be.*bool"),
+        ({"kernel_size": 4}, ValueError, r"kernel_size must be odd, got 4"),
+        ({"kernel_size": -1}, ValueError, r"kernel_size must be odd, got -1"),
+        ({"kernel_size": 3.0}, TypeError, r"kernel_size must be an int, got float"),
+        ({"kernel_size": 5}, ValueError, r"divisible by kernel_size 5.*got \(2, 11, 6\) and \(2, 11, 10\)"),
+        ({"value": torch.ones(2, 11, 9)}, ValueError, r"H\*D divisible by H, got \(2, 11, 6\) and \(2, 11, 9\)"),
+        ({"value": torch.ones(2, 10, 10)}, ValueError, r"got \(2, 10, 10\) and \(2, 11, 6\)"),
+        ({"value": torch.ones(11, 10)}, ValueError, r"\(B, S, H\*D\) and \(B, S, H\*K\), got \(11, 10\)"),
+        (
+            {"kernel_logits": torch.ones(2, 11, 6, device="meta")},
+            ValueError,
+            r"value is on cpu but kernel_logits is on",
+        ),
+        ({"out": torch.ones(2, 11, 9)}, ValueError, r"out must be \(2, 11, 10\).*got \(2, 11, 9\)"),
+        ({"out": torch.ones(2, 11, 10).half()}, ValueError, r"out must be .*float32.*got .*float16"),
+    ],
+)
+def test_span_dynamic_conv_bad_input(backend, changes, error, message):
+    with pytest.raises(error, match=message):
+        span_dynamic_conv(**({**make(), "kernel_size": 3} | changes))
