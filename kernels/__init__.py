@@ -14,6 +14,8 @@ Rules: every load is upcast at once and every store casts back (the interpreter'
 error); address arithmetic is int64; sums that cross programs go through partial sums, never through atomics, so that
 two runs give the same bits.
 
-`launches(dtype)` of a module makes every launch that its `pick_config` can choose, on the tensors that it is handed;
-the ahead-of-time gate records and compiles them.
+`launches(dtype, device)` of a module makes every launch that its `pick_config` can choose, on empty tensors; the
+ahead-of-time gate (tests/aot.py) records and compiles them. It wants 16-byte loads and stores wherever a tile has so
+much for a thread; a module that can't do better for an argument says why in
+`NARROW = {"_<op>_fwd_kernel": {"x_ptr": "reason"}}`.
 """

@@ -10,6 +10,7 @@ import triton.language as tl
 def keep_mask(
     seed_ptr,  # () int64, on the device: a captured graph draws a new mask at every replay
     offs_t,  # (BLOCK_T,) int64 token numbers
+    first_c,  # the first of the BLOCK_C channels, a multiple of 4
     p,  # probability of dropping, float
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,  # at least 4
@@ -20,7 +21,7 @@ def keep_mask(
     the four numbers of four neighbouring channels, so the mask costs a quarter of a call a value.
     """
     seed = tl.load(seed_ptr)
-    offs_q = tl.arange(0, BLOCK_C // 4)
+    offs_q = first_c // 4 + tl.arange(0, BLOCK_C // 4)
     zero = tl.zeros((BLOCK_T, BLOCK_C // 4), tl.uint32)
     quad = zero + offs_q[None, :].to(tl.uint32)
     token_lo = zero + (offs_t & 0xFFFFFFFF).to(tl.uint32)[:, None]

@@ -11,6 +11,9 @@ from triton import knobs
 # Without a GPU the interpreter runs the programs one after the other: a few are enough to exercise a two-stage sum.
 _INTERPRETER_SMS = 4
 
+# 32-bit registers of a multiprocessor, which a block can have all, on every NVIDIA GPU since Kepler.
+_REGISTERS = 65536
+
 
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1), on CPU tensors."""
@@ -41,12 +44,22 @@ def sm_count(x: torch.Tensor) -> int:
     return _properties(x.device.index)[1] if x.is_cuda else _INTERPRETER_SMS
 
 
+def is_amd() -> bool:
+    """Whether the GPUs of this process are AMD's."""
+    return torch.version.hip is not None
+
+
+def options(num_warps: int, registers: int) -> dict[str, object]:
+    """Triton's options for a launch; `registers`: at most so many a thread, as far as a block gets them.
+
+    Without a limit of its own ptxas spills a few values of a kernel to fit one more block on a multiprocessor: of
+    another kernel with each of its versions. Fusion of a * b + c is said explicitly: Triton 3.10 turns it off.
+    """
+    limit = {} if is_amd() else {"maxnreg": min(registers, _REGISTERS // (32 * num_warps))}
+    return {"num_warps": num_warps, "enable_fp_fusion": True, **limit}
+
+
 def rows(x: torch.Tensor) -> torch.Tensor:
     """x (..., C) as (T, C) with a contiguous last dimension: a view where the strides allow it, else a copy."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-
-
-def vector(x: torch.Tensor | None) -> torch.Tensor | None:
-    """x (C,) with contiguous elements; None stays None."""
-    return None if x is None else x.contiguous()

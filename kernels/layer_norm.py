@@ -6,8 +6,8 @@
 Forward: one program owns BLOCK_T tokens with all their channels, so a token is read once and its statistics never
 leave the registers. Reads x and residual, writes y, and z when a backward will need it: (2..4) * T * C elements.
 
-Backward: a program owns a strided set of token blocks and keeps its sums for weight, bias and x_bias in registers; a
-second kernel adds the programs' partial sums in a fixed order. Reads dy and z, writes dx (and the residual's
+Backward: a program owns a strided set of token blocks and keeps its sums for weight, bias and x_bias in registers
+(past 4096 channels those of half of the channels, and two programs share a token); a second kernel adds the programs' partial sums in a fixed order. Reads dy and z, writes dx (and the residual's
 gradient where dropout or its dtype makes it another): (3..4) * T * C elements.
 
     g = dy * weight;  dz = rstd * (g - mean(g) - xhat * mean(g * xhat));  dx = dropout'(dz);  dresidual = dz
@@ -27,7 +27,7 @@ import triton.language as tl
 from . import _launch
 from ._dropout import keep_mask
 
-MAX_CHANNELS = 8192  # one program holds a whole token in registers: 16 values a thread at 512 threads
+MAX_CHANNELS = 8192  # the forward holds a whole token in registers: 16 values a thread at 512 threads
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def _layer_norm_fwd_kernel(
     if HAS_X_BIAS:
         z += tl.load(x_bias_ptr + offs_c, mask=mask_c, other=0.0).to(ACC)[None, :]
     if HAS_DROPOUT:
-        keep = keep_mask(seed_ptr, offs_t, dropout_p, BLOCK_T, BLOCK_C)
+        keep = keep_mask(seed_ptr, offs_t, 0, dropout_p, BLOCK_T, BLOCK_C)
         z = tl.where(keep, z * dropout_scale, 0.0)
     if HAS_RESIDUAL:
         z += tl.load(residual_ptr + offs_t[:, None] * stride_rt + offs_c[None, :], mask=mask, other=0.0).to(ACC)
@@ -116,13 +116,15 @@ def _layer_norm_bwd_kernel(
     HAS_X_BIAS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     HAS_DRESIDUAL: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    # One program: token blocks pid, pid + programs, pid + 2 * programs, ..., all channels.
+    # One program: token blocks pid, pid + programs, pid + 2 * programs, ..., BLOCK_C channels: one of PARTS parts.
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
-    offs_c = tl.arange(0, BLOCK_C)
+    part = tl.program_id(1)
+    offs_c = part * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     weight = tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(ACC)[None, :]
     dweight = tl.zeros((BLOCK_C,), ACC)
@@ -143,14 +145,25 @@ def _layer_norm_bwd_kernel(
         dbias += tl.sum(dy, axis=0)
 
         g = dy * weight
-        mean_g = (tl.sum(g, axis=1) / C)[:, None]
-        mean_gx = (tl.sum(g * xhat, axis=1) / C)[:, None]
+        sum_g = tl.sum(g, axis=1)
+        sum_gx = tl.sum(g * xhat, axis=1)
+        # The other parts' channels count in the means; the programs that own them have just brought them into L2.
+        for other in tl.static_range(1, PARTS):
+            offs_o = (part + other) % PARTS * BLOCK_C + tl.arange(0, BLOCK_C)
+            mask_o = mask_t[:, None] & (offs_o < C)[None, :]
+            dy_o = tl.load(dy_ptr + offs_t[:, None] * stride_dyt + offs_o[None, :], mask=mask_o, other=0.0).to(ACC)
+            z_o = tl.load(z_ptr + offs_t[:, None] * stride_zt + offs_o[None, :], mask=mask_o, other=0.0).to(ACC)
+            g_o = dy_o * tl.load(weight_ptr + offs_o, mask=offs_o < C, other=0.0).to(ACC)[None, :]
+            sum_g += tl.sum(g_o, axis=1)
+            sum_gx += tl.sum(g_o * (z_o - mean) * rstd, axis=1)
+        mean_g = (sum_g / C)[:, None]
+        mean_gx = (sum_gx / C)[:, None]
         dz = (g - mean_g - xhat * mean_gx) * rstd
         offs_dx = offs_t[:, None] * C + offs_c[None, :]
         if HAS_DRESIDUAL:
             tl.store(dresidual_ptr + offs_dx, dz.to(dresidual_ptr.dtype.element_ty), mask=mask)
         if HAS_DROPOUT:
-            keep = keep_mask(seed_ptr, offs_t, dropout_p, BLOCK_T, BLOCK_C)
+            keep = keep_mask(seed_ptr, offs_t, part * BLOCK_C, dropout_p, BLOCK_T, BLOCK_C)
             dz = tl.where(keep, dz * dropout_scale, 0.0)
         if HAS_X_BIAS:
             dx_bias += tl.sum(tl.where(mask, dz, 0.0), axis=0)
@@ -193,26 +206,37 @@ class Config:
     block_t: int
     block_c: int
     num_warps: int
+    registers: int  # at most so many a thread
+    parts: int = 1  # programs that share a token's channels
 
 
 # The values of one tile that a thread holds: enough independent 16-byte loads in flight, few enough registers that the
 # backward, with its running sums, doesn't spill on any target (the ahead-of-time gate checks it).
 _FWD_TILE, _BWD_TILE, _PER_THREAD = 4096, 2048, 16
 
+# The most registers that any launch of them needs: 80 (forward), 222 (backward), by the gate on triton 3.6 to 3.9.
+_FWD_REGISTERS, _BWD_REGISTERS = 80, 255
+
+# A backward program with 8192 channels needs more registers than a block of its threads has.
+_BWD_MAX_BLOCK_C = 4096
+
 # The second stage: 32 channels are one 128-byte line of fp32.
-_REDUCE = Config(block_t=32, block_c=32, num_warps=4)
+_REDUCE = Config(block_t=32, block_c=32, num_warps=4, registers=128)
 
 
 def pick_config(shape: tuple[int, int], *, backward: bool = False) -> Config:
     """Launch config for x of `shape` (T, C). Not tuned on a card yet: the rule keeps a thread at 16 values."""
     tokens, channels = shape
     block_c = max(4, triton.next_power_of_2(channels))
+    parts = max(1, block_c // _BWD_MAX_BLOCK_C) if backward else 1
+    block_c //= parts
     block_t = max(1, min(64, (_BWD_TILE if backward else _FWD_TILE) // block_c))
     # Few tokens: one program each, so that they spread over the card.
     if tokens < 1024 and not backward:
         block_t = min(block_t, 1 if block_c >= 512 else 512 // block_c)
     threads = block_t * block_c // _PER_THREAD
-    return Config(block_t, block_c, num_warps=max(1, min(16, threads // 32)))
+    registers = _BWD_REGISTERS if backward else _FWD_REGISTERS
+    return Config(block_t, block_c, max(1, min(16, threads // 32)), registers, parts)
 
 
 def _acc(dtype: torch.dtype) -> tl.dtype:
@@ -243,7 +267,9 @@ def layer_norm_fwd(
     shape, x = x.shape, _launch.rows(x)
     tokens, channels = x.shape
     residual_2d = None if residual is None else _launch.rows(residual)
-    weight, bias, x_bias = _launch.vector(weight), _launch.vector(bias), _launch.vector(x_bias)
+    weight = weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    x_bias = None if x_bias is None else x_bias.contiguous()
     fused = x_bias is not None or residual is not None or dropout_p > 0.0
     y = torch.empty(shape, dtype=out_dtype, device=x.device)
     z = torch.empty(shape, dtype=out_dtype, device=x.device) if save and fused else None
@@ -280,7 +306,7 @@ def layer_norm_fwd(
             SAVE=save,
             BLOCK_T=config.block_t,
             BLOCK_C=config.block_c,
-            num_warps=config.num_warps,
+            **_launch.options(config.num_warps, config.registers),
         )
     return y, z, mean, rstd
 
@@ -303,7 +329,7 @@ def layer_norm_bwd(
     only another dtype is a reason to ask for it. The sums are fp32 (fp64 for fp64).
     """
     shape, dy, z2 = dy.shape, _launch.rows(dy), _launch.rows(z)
-    weight = _launch.vector(weight)
+    weight = weight.contiguous()
     tokens, channels = dy.shape
     dx = torch.empty(shape, dtype=dx_dtype, device=dy.device)
     dresidual = None if dresidual_dtype is None else torch.empty(shape, dtype=dresidual_dtype, device=dy.device)
@@ -315,7 +341,7 @@ def layer_norm_bwd(
     partial = torch.empty(sums, programs, channels, dtype=mean.dtype, device=dy.device)
     out = torch.empty(sums, channels, dtype=mean.dtype, device=dy.device)
     with _launch.device_of(dy):
-        _layer_norm_bwd_kernel[(programs,)](
+        _layer_norm_bwd_kernel[(programs, config.parts)](
             dy,
             z2,
             weight,
@@ -335,9 +361,10 @@ def layer_norm_bwd(
             HAS_X_BIAS=has_x_bias,
             HAS_DROPOUT=dropout_p > 0.0,
             HAS_DRESIDUAL=dresidual is not None,
+            PARTS=config.parts,
             BLOCK_T=config.block_t,
             BLOCK_C=config.block_c,
-            num_warps=config.num_warps,
+            **_launch.options(config.num_warps, config.registers),
         )
         _layer_norm_bwd_reduce_kernel[(triton.cdiv(channels, _REDUCE.block_c), sums)](
             partial,
@@ -346,7 +373,7 @@ def layer_norm_bwd(
             channels,
             BLOCK_P=_REDUCE.block_t,
             BLOCK_C=_REDUCE.block_c,
-            num_warps=_REDUCE.num_warps,
+            **_launch.options(_REDUCE.num_warps, _REDUCE.registers),
         )
     return dx, dresidual, out
 
@@ -371,6 +398,8 @@ def launches(dtype: torch.dtype, device: torch.device) -> Iterator[str]:
                 name = f"C={channels} T={tokens} fused={residual is not None} p={p}"
                 _, z, mean, rstd = layer_norm_fwd(x, weight, bias, 1e-12, x_bias, residual, p, seed, dtype, True)
                 assert mean is not None and rstd is not None
+                if p == 0.0:  # inference has no dropout
+                    layer_norm_fwd(x, weight, bias, 1e-12, x_bias, residual, p, seed, dtype, False)
                 yield f"layer_norm_fwd {name}"
                 split = dtype if p > 0.0 else None
                 z = x if z is None else z

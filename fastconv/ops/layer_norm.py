@@ -166,10 +166,13 @@ def _native(x, weight, bias, eps, x_bias, residual, dropout_p, seed):
         z = _native_dropout(z, dropout_p, seed)
     if residual is not None:
         z = z + residual
-    if weight.dtype == z.dtype or torch.is_autocast_enabled(x.device.type):
-        return F.layer_norm(z, z.shape[-1:], weight, bias, eps)
-    # torch's kernels don't take every mix of dtypes: compute in the wider one.
     wide = torch.promote_types(weight.dtype, z.dtype)
+    if z.device.type == "cpu" and needs_grad(z, weight, bias):
+        # ATen's backward on a CPU sums dweight and dbias in the dtype of x: off by 7 % after 4096 tokens in bf16.
+        wide = torch.promote_types(wide, torch.float32)
+    if wide == z.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
+        return F.layer_norm(z, z.shape[-1:], weight, bias, eps)
+    # torch's kernels don't take every mix of dtypes either: compute in the wider one.
     bias = None if bias is None else bias.to(wide)
     return F.layer_norm(z.to(wide), z.shape[-1:], weight.to(wide), bias, eps).to(z.dtype)
 

@@ -1,0 +1,31 @@
+"""The cases as pytest-benchmark tests, for those who compare runs with its tools: `pytest bench --benchmark-only`.
+
+bench/run.py is the one to believe: it interleaves the rivals and flushes the caches.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import cases
+
+from fastconv import backend
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+pytest.importorskip("pytest_benchmark", reason="times by its fixture")
+
+
+@pytest.mark.parametrize("rival", ["fastconv", "torch"])
+@pytest.mark.parametrize("case", cases(DEVICE), ids=lambda case: case.name.replace(" ", "-"))
+def test_op(benchmark, case, rival):
+    with backend("auto" if DEVICE.type == "cuda" else "native"):
+        timed = case.runs(DEVICE, compiled=False)[rival]
+
+        def run():
+            timed()
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+
+        benchmark.group = case.name
+        benchmark(run)

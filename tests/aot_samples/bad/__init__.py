@@ -1,0 +1,1 @@
+"""Kernels that fail it, one for each reason."""

@@ -1,0 +1,1 @@
+"""Kernels that pass the gate."""

@@ -1,0 +1,264 @@
+"""The benchmarks: their counts of bytes and operations, their refusal of wrong results, `make gpu` without a GPU."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """Imports a module of bench/ by name."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    return importlib.import_module
+
+
+def script(name: str, *args: object, **environment: str) -> subprocess.CompletedProcess:
+    """Run a script of bench/ as on the command line, without the interpreter."""
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, ROOT / "bench" / name, *args]
+    return subprocess.run(command, capture_output=True, text=True, env={**clean, **environment})
+
+
+# By hand for 10 tokens of 4 channels in bf16: a tensor is 80 bytes, a vector 8, mean or rstd 40, a seed 8.
+@pytest.mark.parametrize(
+    ("direction", "fused", "bytes_", "flops_each"),
+    [
+        ("infer", False, 80 + 2 * 8 + 80, 7),  # x, weight and bias; y
+        ("infer", True, 2 * 80 + 3 * 8 + 80, 9),  # x and residual, three vectors; y
+        ("fwd", True, 2 * 80 + 3 * 8 + 8 + 2 * 80 + 2 * 40, 10),  # the same and the seed; y, z, mean and rstd
+        ("bwd", False, 2 * 80 + 2 * 40 + 8 + 80 + 2 * 8, 13),  # dy, x, mean, rstd, weight; dx, dweight, dbias
+        ("bwd", True, 2 * 80 + 2 * 40 + 8 + 8 + 2 * 80 + 3 * 8, 15),  # and the seed; dresidual and dx_bias too
+    ],
+)
+def test_bench_layer_norm_counts(bench, direction, fused, bytes_, flops_each):
+    case = bench("cases").LayerNormCase(10, 4, torch.bfloat16, direction, fused)
+    assert case.bytes() == bytes_
+    assert case.flops() == flops_each * 40
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("direction", ["infer", "fwd", "bwd"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_bench_layer_norm_rivals_agree(bench, direction, fused, dtype):
+    # Without dropout, what is timed computes the same thing.
+    class Case(bench("cases").LayerNormCase):
+        dropout_p = 0.0
+
+    outputs = {k: run() for k, run in Case(6, 32, dtype, direction, fused).runs(CPU, compiled=False).items()}
+    assert list(outputs) == ["fastconv", "torch"]
+    for own, rival in zip(*(o if isinstance(o, tuple) else (o,) for o in outputs.values()), strict=True):
+        torch.testing.assert_close(
+            own, rival, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-1 if dtype == torch.bfloat16 else 1e-4
+        )
+
+
+def test_bench_layer_norm_targets(bench):
+    def targets(tokens, direction, fused):
+        return bench("cases").LayerNormCase(tokens, 768, torch.bfloat16, direction, fused).targets
+
+    assert targets(16384, "infer", False) == {"copy": 0.9, "torch.compile": 1.0}
+    assert targets(16384, "fwd", True) == {"torch.compile": 1.0}
+    assert targets(16384, "bwd", True) == {"torch": 1.4}
+    assert targets(128, "infer", False) == {}
+
+
+@pytest.mark.parametrize("direction", ["infer", "fwd", "bwd"])
+def test_bench_parity_replays_dropout(bench, direction):
+    results = bench("cases").LayerNormCase(64, 96, torch.float32, direction, True).parity(CPU)
+    expected = {"y"} if direction == "infer" else {"y", "dx", "dweight", "dbias", "dx_bias", "dresidual"}
+    assert set(results) == expected
+    assert all(result.ok for result in results.values()), results
+
+
+def test_bench_refuses_figures_of_wrong_results(bench, monkeypatch, capsys):
+    cases, run, roofs = bench("cases"), bench("run"), bench("roofs")
+    right = cases.layer_norm
+    monkeypatch.setattr(cases, "layer_norm", lambda *args, **kwargs: right(*args, **kwargs) + 1e-3)
+    wrong = cases.LayerNormCase(16, 32, torch.float32, "infer", False)
+    (record,) = run.run([wrong], CPU, roofs.Roofs(1.0, {}), rounds=1, compiled=False)
+    assert "ms" not in record
+    assert "max error" in record["red"]["y"]
+    assert "RED, no figures: y: max error" in capsys.readouterr().out
+
+
+def test_bench_broken_rival_is_reported_and_fastconv_raises(bench):
+    working = bench("run")._working
+
+    def broken():
+        raise RuntimeError("no compiler\nhere")
+
+    assert working({"fastconv": int, "torch": broken}) == ({"fastconv": int}, {"torch": "RuntimeError: no compiler"})
+    with pytest.raises(RuntimeError, match="no compiler"):
+        working({"fastconv": broken})
+
+
+def test_bench_gpu_timing_flushes_before_every_call(bench, monkeypatch):
+    # Without a GPU: the order of events, and that seconds come out.
+    timing, done = bench("timing"), []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            done.append("event")
+
+        def elapsed_time(self, end):
+            return 2.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append("synchronize"))
+    monkeypatch.setattr(timing, "_flush_buffer", lambda device: SimpleNamespace(zero_=lambda: done.append("flush")))
+    runs = {"a": lambda: done.append("a"), "b": lambda: done.append("b")}
+    times = timing.interleaved(runs, SimpleNamespace(type="cuda"), rounds=2, warmup=1)
+    assert times == {"a": [2e-3, 2e-3], "b": [2e-3, 2e-3]}
+    call = ["flush", "event", "{}", "event"]
+    one_round = [step.format(label) for label in runs for step in call] + ["synchronize"]
+    assert done == ["a", "b", *one_round, *one_round]
+
+
+def test_bench_median_ratio_is_of_rounds(bench):
+    # A slow round slows both: the ratio of the medians would be 4 / 10.
+    assert bench("timing").median_ratio([2.0, 20.0, 4.0], [1.0, 10.0, 20.0]) == 2.0
+
+
+def test_bench_quick_run_on_cpu(tmp_path):
+    done = script("run.py", "--device", "cpu", "--quick", "--json", tmp_path / "out.json", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.rstrip().endswith("5 cases, all right")
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["torch"] == torch.__version__
+    assert written["roofs"]["copy"] > 0
+    for record in written["records"]:
+        assert set(record["ms"]) == {"fastconv", "torch", "copy"}
+        assert record["ratios"]["torch"] > 0
+        rate = record["bytes"] / (record["ms"]["fastconv"] / 1e3)
+        assert record["bytes_per_s"] == pytest.approx(rate)
+        assert record["of_roof"] == pytest.approx(rate / written["roofs"]["copy"])
+
+
+def test_bench_run_names_its_cases():
+    done = script("run.py", "--device", "cpu", "--quick", "--filter", "nothing")
+    assert done.returncode == 2
+    assert "layer_norm infer 256x384 float32" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_bench_gpu_says_when_there_is_none():
+    done = script("gpu.py")
+    assert done.returncode == 2
+    assert "no GPU found" in done.stderr
+    done = script("run.py", "--device", "cuda")
+    assert done.returncode == 2
+    assert "no CUDA GPU found" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would be measured on the GPU")
+def test_bench_gpu_dry_run_writes_nothing():
+    before = sorted((ROOT / "bench").rglob("*.json"))
+    done = script("gpu.py", "--dry-run", "--tests", ROOT / "tests" / "test_tolerance.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "tests passed: " in done.stdout
+    assert "5 cases to measure" in done.stdout
+    assert "targets reached" in done.stdout
+    assert sorted((ROOT / "bench").rglob("*.json")) == before
+
+
+def test_bench_results_are_not_measured_twice(bench):
+    measured = bench("gpu").measured
+    origin = {"code": "abc", "torch": "2.13", "triton": "3.7"}
+    assert measured({"ms": {}, **origin}, origin)
+    assert not measured({"ms": {}, **origin}, {**origin, "code": "def"})
+    assert not measured({"ms": {}, **origin}, {**origin, "triton": "3.9"})
+    assert not measured({"red": {}, **origin}, origin)
+    assert not measured({}, origin)
+
+
+def test_bench_results_file_has_the_gpus_name(bench):
+    assert bench("gpu").results_file("NVIDIA H200").name == "NVIDIA-H200.json"
+
+
+def test_bench_report(bench):
+    record = {
+        "case": "layer_norm infer",
+        "ms": {"fastconv": 0.5},
+        "bytes_per_s": 4e12,
+        "of_roof": 0.93,
+        "ratios": {"copy": 0.92, "torch.compile": 0.8},
+        "targets": {"copy": 0.9, "torch.compile": 1.0, "torch": 1.4},
+        "code": "abc",
+    }
+    results = {"device": "a card", "tests": "passed: 3", "records": {"layer_norm infer": record}}
+    text = bench("report").report(results, "abc")
+    assert "copy 0.92x, want 0.90x;" in text
+    assert "torch.compile 0.80x, want 1.00x MISSED;" in text
+    assert "torch not measured, want 1.40x MISSED" in text
+    assert text.endswith("1 of 3 targets reached")
+    assert "of other sources" not in text
+    assert "of other sources" in bench("report").report(results, "def")
+
+
+@pytest.mark.parametrize("cwd", ["elsewhere", "the root"])
+def test_checkout_without_installation(tmp_path, cwd):
+    # A copy of the sources: the installation that runs this test is of other files.
+    for folder in ("fastconv", "kernels", "reference", "bench"):
+        shutil.copytree(ROOT / folder, tmp_path / "copy" / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    code = (
+        f"import sys, subprocess; sys.path.insert(0, {str(tmp_path / 'copy' / 'bench')!r}); import checkout\n"
+        "import fastconv.reference.ops, fastconv.kernels, fastconv.ops\n"
+        "print(fastconv.__file__, fastconv.kernels.__file__)\n"
+        "code = 'import fastconv.kernels; print(fastconv.__file__, fastconv.kernels.__file__)'\n"
+        "print(subprocess.run([sys.executable, '-c', code], cwd='..', capture_output=True, text=True).stdout)\n"
+    )
+    where = tmp_path / "copy" if cwd == "the root" else tmp_path
+    done = subprocess.run([sys.executable, "-c", code], cwd=where, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    package, kernels, *below = done.stdout.split()
+    assert below == [package, kernels]
+    assert kernels == package.replace("__init__", "kernels/__init__")
+    # The temporary folder of links, gone with the process.
+    assert not package.startswith(str(tmp_path))
+    assert not Path(package).exists()
+
+
+def test_plain_pytest_counts_what_pytest_would(tmp_path):
+    (tmp_path / "conftest.py").write_text(
+        "import pytest\n"
+        "@pytest.fixture(params=[1, 2])\n"
+        "def number(request):\n"
+        "    yield request.param\n"
+        "    assert request.param < 2, 'teardown of 2'\n"
+    )
+    (tmp_path / "test_sample.py").write_text(
+        "import pytest\n"
+        "def test_passes(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path)\n"
+        "@pytest.mark.parametrize('a', [1, pytest.param(2, marks=pytest.mark.skip(reason='no'))])\n"
+        "@pytest.mark.parametrize(('b', 'c'), [(1, 1), (1, 2)])\n"
+        "def test_product(a, b, c): assert b == c\n"  # 1 passes, 1 fails, 2 are skipped
+        "def test_fixture(number): assert number\n"  # 1 passes, 1 fails
+        "def test_raises():\n"
+        "    with pytest.raises(ValueError, match='^x'): raise ValueError('y')\n"  # fails
+        "def test_did_not_raise():\n"
+        "    with pytest.raises(ValueError): pass\n"  # fails
+        "def test_unknown(caplog): pass\n"
+        "def test_missing(): import not_there_at_all\n"
+    )
+    done = script("plain_pytest.py", tmp_path)
+    assert "3 passed, 4 failed, 2 skipped, 2 not run in" in done.stdout.splitlines()[-1]
+    assert done.returncode == 1
+    assert "2 skipped: no" in done.stdout
+    assert "1 not run: test_sample.py::test_unknown: the fixture 'caplog'" in done.stdout
+    assert "1 not run: not_there_at_all is not installed" in done.stdout
