@@ -76,12 +76,12 @@ class Swapped:
         return _new, (self.fastconv_original,), state
 
 
-def _new(original: type[nn.Module]) -> nn.Module:
-    return copyreg.__newobj__(_swapped_class(original))  # type: ignore[attr-defined, no-any-return]
+def _new(original: type[nn.Module]) -> Any:
+    return copyreg.__newobj__(_swapped_class(original))  # type: ignore[attr-defined, arg-type]
 
 
 @functools.cache
-def _swapped_class(original: type[nn.Module]) -> type[nn.Module]:
+def _swapped_class(original: Any) -> Any:
     forward = _FORWARDS[_name(original)]
     bases = (Swapped, forward) if issubclass(forward, original) else (Swapped, forward, original)
     made = type(f"Fast{original.__name__}", bases, {"fastconv_original": original, "__module__": __name__})
@@ -103,8 +103,8 @@ def accelerate(model: M, *, backend: str = "auto") -> M:
     backend: "auto", "triton" or "native", for this model's ops; see `fastconv.backend`
 
     Parameters stay the same objects and state_dict the same; for inference the weights of the query, key and value
-    layers (and of ConvBERT's convolution input) move into one storage. What was replaced and what was left is logged
-    at level INFO by the logger "fastconv". Accelerating twice is accelerating once.
+    layers (and of ConvBERT's convolution input) become neighbours in memory. What was replaced and what was left is
+    logged at level INFO by the logger "fastconv". Accelerating twice is accelerating once.
 
     Raises: TypeError if model is no nn.Module; ValueError for an unknown backend; RuntimeError if there is nothing to
     replace.
@@ -123,7 +123,7 @@ def accelerate(model: M, *, backend: str = "auto") -> M:
         known = _name(original) in _FORWARDS
         # A forward of the instance's own (an offloading hook's, say) comes before that of any class.
         if known and "forward" not in module.__dict__:
-            module.__class__ = _swapped_class(original)
+            module.__class__ = _swapped_class(original)  # type: ignore[arg-type]
             module.fastconv_backend = backend
             if hasattr(module, "fastconv_config"):
                 module.fastconv_config = configs[name]
@@ -140,7 +140,7 @@ def accelerate(model: M, *, backend: str = "auto") -> M:
 
 
 def restore(model: M) -> M:
-    """Undo `accelerate`: every module gets its class back, and packed parameters storages of their own.
+    """Undo `accelerate`: every module gets its class back, and packed parameters memory of their own.
 
     A model that isn't accelerated is returned as it is. Raises: TypeError if model is no nn.Module.
     """
@@ -149,7 +149,7 @@ def restore(model: M) -> M:
     for module in model.modules():
         if original := original_class(module):
             if hasattr(module, "fastconv_packed"):
-                unpack(module.fastconv_packed())
+                unpack(module.fastconv_packed())  # type: ignore[operator]
             module.__class__ = original
             for attribute in ("fastconv_backend", "fastconv_config"):
                 module.__dict__.pop(attribute, None)

@@ -158,6 +158,25 @@ def test_linear_act_of_fake_tensors(device):
         assert linear_act(**inputs, activation="gelu").shape == (3, 10)
 
 
+class OnlyLinear(torch.Tensor):
+    """A tensor subclass that, as quantized weights may, knows torch's own linear and nothing of oneDNN's."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        assert "mkldnn" not in str(function)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "bias"])
+def test_linear_act_of_a_tensor_subclass(backend, device, name):
+    inputs = make((3, 12), 10, device=device)
+    expected = reference_linear_act(**inputs, activation="gelu")
+    with torch.no_grad():
+        y = linear_act(**inputs | {name: inputs[name].as_subclass(OnlyLinear)}, activation="gelu")
+    assert type(y) is OnlyLinear
+    torch.testing.assert_close(y.as_subclass(torch.Tensor), expected)
+
+
 @pytest.mark.parametrize("shape", [(0, 12), (2, 0, 12)], ids=str)
 @pytest.mark.parametrize("activation", [None, "gelu"])
 def test_linear_act_empty_batch(backend, device, shape, activation):

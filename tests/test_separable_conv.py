@@ -89,6 +89,10 @@ def test_separable_conv_shift_and_add(device, dtype):
 
     inputs = make(C=5, K=31, S=40, dtype=dtype, device=device)
     assert_op_2x(shift_and_add, conv1d, {"x": inputs["x"], "weight": inputs["depthwise"]})
+    # Large sums on the way to a small one.
+    inputs["depthwise"][:, :, :15] += 8
+    inputs["depthwise"][:, :, 16:] -= 8
+    assert_op_2x(shift_and_add, conv1d, {"x": 1 + 0.1 * inputs["x"], "weight": inputs["depthwise"]})
 
 
 @pytest.mark.parametrize("kernel_size", [1, 9])

@@ -27,6 +27,7 @@ from swap_models import (
     infer,
     is_4,
     layer_of,
+    library,
     make_inputs,
     pair,
     train,
@@ -127,9 +128,7 @@ def labels_for(head, inputs):
 @models
 def test_every_activation(source, family, activation):
     if source == "transformers":
-        from transformers.activations import ACT2CLS
-
-        if activation not in ACT2CLS:
+        if activation not in library(source).activations.ACT2CLS:
             pytest.skip(f"this version of transformers has no activation {activation}")
     groups = {"num_groups": 1} if family == "ConvBert" else {}
     assert_same(*both(build(source, family + "ForMaskedLM", hidden_act=activation, num_hidden_layers=1, **groups)))
@@ -575,6 +574,19 @@ def test_dropout_keeps_its_rate(source, family):
         assert (actual - expected).abs().mean() < 5 * draws[0].std(0).mean() / 300**0.5
     assert (draws[1][0] - draws[1][1]).abs().max() > 0.1
     assert_same_inference(original.eval(), fast.eval())
+
+
+@models
+@pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad])
+def test_dropout_sits_where_it_sat(source, family, context):
+    """The native formulation draws what the original draws: from one seed both have the same outputs."""
+    original, fast = (m.train() for m in pair(source, family, hidden_dropout_prob=0.3))
+    outputs = []
+    for model in (original, fast):
+        torch.manual_seed(5)
+        with context():
+            outputs.append(model(**make_inputs())[0].detach())
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
 
 
 @models

@@ -103,6 +103,17 @@ def test_minus_infinity_in_a_mask_gives_no_nan(source, family):
     assert y.isfinite().all() and x.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("family", ["Bert", "ConvBert"])
+def test_bool_masks_of_own_modules(family):
+    """A row without a key is the average of the values, which scaled_dot_product_attention makes 0."""
+    original, fast = (attention_of(model) for model in pair("reference", family))
+    mask = mask_of("4-D with an empty query") == 0
+    x = torch.randn(3, 9, 16)
+    for context in (torch.no_grad, torch.enable_grad):
+        with context():
+            torch.testing.assert_close(fast(x, mask)[0], original(x, mask)[0], rtol=1e-4, atol=1e-5)
+
+
 @models
 def test_one_token(source, family):
     inputs = {"input_ids": torch.tensor([[3], [4]]), "attention_mask": torch.ones(2, 1, dtype=torch.long)}

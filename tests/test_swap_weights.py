@@ -25,6 +25,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import fastconv
+from fastconv.nn.packed_linear import _packs
 
 models = pytest.mark.parametrize(("source", "family"), MODELS)
 both_families = pytest.mark.parametrize("family", ["Bert", "ConvBert"])
@@ -339,13 +340,46 @@ def test_a_model_made_in_inference_mode():
         original = build("reference", "ConvBertModel")
         fast = fastconv.accelerate(copy.deepcopy(original))
         assert_close(infer(fast), infer(original))
+    assert_same_inference(original, fast)
+    assert all(p.is_inference() for p in fast.parameters())
+
+
+@pytest.mark.parametrize(
+    "tie", [tie_parameters, tie_modules, tie_across_layers, tie_data], ids=lambda tie: tie.__name__
+)
+def test_tied_parameters_stay_where_they_are(tie):
+    """They couldn't be in two places, and would move at every call."""
+    _, fast = pair("reference", "Bert")
+    tie(fast)
+    infer(fast)
+    places = [p.data_ptr() for p in fast.parameters()]
+    infer(fast)
+    assert [p.data_ptr() for p in fast.parameters()] == places
+
+
+@both_families
+def test_restored_parameters_have_memory_of_their_own(family):
+    _, fast = pair("reference", family)
+    infer(fast)
+    attention = attention_of(fastconv.restore(fast))
+    assert attention.query not in _packs
+    for first, second in ((attention.query, attention.key), (attention.key, attention.value)):
+        assert second.weight.data_ptr() != first.weight.data_ptr() + 4 * first.weight.numel()
+
+
+@both_families
+def test_memory_that_the_parameters_left_is_given_back(family):
+    _, fast = pair("reference", family)
+    infer(fast)
+    whole = weakref.ref(_packs[attention_of(fast).query][0])
+    fast.double()
+    train(fast)
+    assert whole() is None
 
 
 def test_memory_goes_with_the_model():
     fast = pair("reference", "Bert")[1]
     infer(fast)
-    from fastconv.nn.packed_linear import _packs
-
     query = weakref.ref(attention_of(fast).query)
     assert query() in _packs
     del fast

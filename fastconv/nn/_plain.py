@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -28,15 +30,15 @@ def plain_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear and bare(module)
 
 
-def original_class(module: nn.Module) -> type[nn.Module] | None:
+def original_class(module: Any) -> type[nn.Module] | None:
     """The class that a module had before `accelerate`, None if its class is none of those that accelerate makes.
 
     A class that somebody made from one of those is none of them.
     """
-    return module.fastconv_original if getattr(module, "fastconv_class", None) is type(module) else None  # type: ignore[return-value]
+    return module.fastconv_original if getattr(module, "fastconv_class", None) is type(module) else None
 
 
-def plain_layer_norm(module: nn.Module) -> bool:
+def plain_layer_norm(module: Any) -> bool:
     """Whether the module is nothing but a LayerNorm over one dimension with parameters."""
     return (
         (type(module) in (nn.LayerNorm, LayerNorm) or original_class(module) is nn.LayerNorm)

@@ -66,9 +66,7 @@ class FastForward:
         return False
 
 
-def attend(
-    module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
-) -> torch.Tensor:
+def attend(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Attention of a module's heads: q, k, v (B, S, H*D), mask (B, 1 or H, S, S) -> (B, S, H*D)."""
     heads = (module.num_attention_heads, module.attention_head_size)
     q, k, v = (t.unflatten(-1, heads) for t in (q, k, v))
@@ -104,7 +102,7 @@ class SelfAttention(FastForward):
         if not self.fits(hidden_states, attention_mask, args, kwargs):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
         q, k, v = packed_linear(hidden_states, self.fastconv_packed())
-        return attend(self, q, k, v, attention_mask), None  # type: ignore[arg-type]
+        return attend(self, q, k, v, attention_mask), None
 
     def fastconv_packed(self) -> tuple[nn.Module, ...]:
         """The layers whose parameters are packed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,7 +28,7 @@ _ACTIVATION_CLASSES = {
 }
 
 
-def activation_name(module: nn.Module) -> str | None:
+def activation_name(module: Any) -> str | None:
     """Name of a module's activation, None if it has one that is known by its function only.
 
     This library's modules say it in `activation`; those of transformers hold it as `intermediate_act_fn` or
@@ -43,11 +44,11 @@ def activation_name(module: nn.Module) -> str | None:
     return _ACTIVATION_CLASSES.get(type(function).__name__)
 
 
-def _activation_function(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+def _activation_function(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     return module.intermediate_act_fn if hasattr(module, "intermediate_act_fn") else module.transform_act_fn
 
 
-def dense_act(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def dense_act(module: Any, x: torch.Tensor) -> torch.Tensor:
     """activation(module.dense(x)): (..., I) -> (..., O)."""
     name, dense = activation_name(module), module.dense
     if name is not None and plain_linear(dense):
@@ -63,7 +64,7 @@ class Intermediate:
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """activation(dense(hidden)): (B, S, C) -> (B, S, I)."""
-        return dense_act(self, hidden_states)  # type: ignore[arg-type]
+        return dense_act(self, hidden_states)
 
 
 class PredictionTransform:
@@ -71,7 +72,7 @@ class PredictionTransform:
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """LayerNorm(activation(dense(hidden))): (B, S, C) -> (B, S, E)."""
-        return self.LayerNorm(dense_act(self, hidden_states))  # type: ignore[arg-type, attr-defined]
+        return self.LayerNorm(dense_act(self, hidden_states))  # type: ignore[attr-defined]
 
 
 class GroupedLinear:
@@ -90,14 +91,15 @@ class ResidualOutput:
         dense, norm, dropout = self.dense, self.LayerNorm, self.dropout  # type: ignore[attr-defined]
         if not (plain_layer_norm(norm) and plain_dropout(dropout)):
             return super().forward(hidden_states, input_tensor)  # type: ignore[misc]
-        p, x_bias, residual = dropout_p(dropout), None, input_tensor
+        p, x_bias = dropout_p(dropout), None
+        residual: torch.Tensor | None = input_tensor
         if not plain_linear(dense):
             x = dense(hidden_states)
         elif use_triton(hidden_states):
             # The bias goes into the norm's kernel, which passes over x anyway.
             x, x_bias = linear_act(hidden_states, dense.weight, None, None), dense.bias
         elif p == 0.0 and _onednn.usable(hidden_states, dense.weight, dense.bias, residual):
-            x, residual = _onednn.linear_binary(hidden_states, residual, dense.weight, dense.bias, "add"), None
+            x, residual = _onednn.linear_binary(hidden_states, input_tensor, dense.weight, dense.bias, "add"), None
         else:
             x = linear_act(hidden_states, dense.weight, dense.bias, None)
         return layer_norm(x, norm.weight, norm.bias, norm.eps, x_bias=x_bias, residual=residual, dropout_p=p)

@@ -27,7 +27,7 @@ class MixedAttention(FastForward):
         span = separable_conv(hidden_states, conv.depthwise.weight, conv.pointwise.weight, conv.bias, gate=q)
         logits = linear(span, self.conv_kernel_layer)  # type: ignore[attr-defined]
         convolved = span_dynamic_conv(conv_out, logits, self.conv_kernel_size)  # type: ignore[attr-defined]
-        attended = attend(self, q, k, v, attention_mask)  # type: ignore[arg-type]
+        attended = attend(self, q, k, v, attention_mask)
         return torch.cat((attended, convolved), -1), None
 
     def fastconv_packed(self) -> tuple[nn.Module, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,12 +20,12 @@ _packs: weakref.WeakKeyDictionary[nn.Module, list[torch.Tensor]] = weakref.WeakK
 _lock = threading.Lock()
 
 
-def linear(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+def linear(x: torch.Tensor, layer: Any) -> torch.Tensor:
     """layer(x), by linear_act where the layer is a plain nn.Linear."""
     return linear_act(x, layer.weight, layer.bias, None) if plain_linear(layer) else layer(x)
 
 
-def packed_linear(x: torch.Tensor, layers: Sequence[nn.Module]) -> list[torch.Tensor]:
+def packed_linear(x: torch.Tensor, layers: Sequence[Any]) -> list[torch.Tensor]:
     """[layer(x) for layer in layers], by one matrix product where the layers are plain nn.Linear.
 
     x: (..., I); each result (..., O_i), a slice of one tensor where there was one product
@@ -42,7 +43,11 @@ def packed_linear(x: torch.Tensor, layers: Sequence[nn.Module]) -> list[torch.Te
     parameters = [p for kind in kinds for p in kind]
     if not all(plain(p) for p in parameters):
         return [linear(x, layer) for layer in layers]
-    if not unobserved() or (torch.is_grad_enabled() and any(p.requires_grad for p in parameters)):
+    if not unobserved():
+        packed = [torch.cat(kind) for kind in kinds]
+    elif torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
+        if not _hold(_packs.get(layers[0], []), kinds):
+            _forget(layers[0])  # memory that .to(), say, left behind
         packed = [torch.cat(kind) for kind in kinds]
     else:
         packed = _packed(layers[0], kinds)
@@ -61,8 +66,11 @@ def _packed(owner: nn.Module, kinds: list[list[torch.Tensor]]) -> list[torch.Ten
     with _lock:
         packed = _packs.get(owner, [])
         if not _hold(packed, kinds):
-            packed = [_pack(kind) for kind in kinds] if all(_movable(kind) for kind in kinds) else []
-            _packs[owner] = packed
+            packed = [_pack(kind) for kind in kinds] if all(_movable(kind, owner) for kind in kinds) else []
+            if packed:
+                _packs[owner] = packed
+            else:
+                _packs.pop(owner, None)
     return packed
 
 
@@ -81,12 +89,14 @@ def _hold(packed: list[torch.Tensor], kinds: list[list[torch.Tensor]]) -> bool:
     return True
 
 
-def _movable(parameters: list[torch.Tensor]) -> bool:
+def _movable(parameters: list[torch.Tensor], owner: nn.Module) -> bool:
     """Whether the parameters may move in memory: nothing but they may look into that which they have.
 
-    Something else may: a tied or a flat parameter, an alias that somebody writes through, another process.
+    Something else may: a tied or a flat parameter, an alias that somebody writes through, another process, the packed
+    weight of another owner's layers.
     """
     first = parameters[0]
+    others = [whole for other, packed in _packs.items() if other is not owner for whole in packed]
     return len({id(p) for p in parameters}) == len(parameters) and all(
         type(p) is nn.Parameter
         and p.layout == torch.strided
@@ -99,8 +109,14 @@ def _movable(parameters: list[torch.Tensor]) -> bool:
         and p.untyped_storage().nbytes() == p.numel() * p.element_size() > 0
         and _users(p) == _LONE
         and not (p.device.type == "cpu" and p.is_shared())
+        and not any(_inside(p, whole) for whole in others)
         for p in parameters
     )
+
+
+def _inside(p: torch.Tensor, whole: torch.Tensor) -> bool:
+    offset = p.data_ptr() - whole.data_ptr()
+    return p.device == whole.device and 0 <= offset < whole.numel() * whole.element_size()
 
 
 def _users(p: torch.Tensor) -> int:
@@ -124,10 +140,14 @@ def _pack(parameters: list[torch.Tensor]) -> torch.Tensor:
     return packed
 
 
+def _forget(owner: nn.Module) -> list[torch.Tensor]:
+    with _lock:
+        return _packs.pop(owner, [])
+
+
 def unpack(layers: Sequence[nn.Module]) -> None:
     """Give the parameters that `packed_linear` moved together memory of their own again."""
-    for packed in _packs.pop(layers[0], []):
-        start, end = packed.data_ptr(), packed.data_ptr() + packed.numel() * packed.element_size()
+    for whole in _forget(layers[0]):
         for p in (p for layer in layers for p in layer.parameters()):
-            if p.device == packed.device and start <= p.data_ptr() < end:
+            if _inside(p, whole):
                 p.data = p.detach().clone()

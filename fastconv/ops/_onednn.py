@@ -49,7 +49,7 @@ def usable(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, oth
     """Whether `linear`, or `linear_binary` with `other`, may stand in for torch's ops.
 
     Nothing but plain eager inference on the CPU must be going on: the ops have no gradient, and no rule for autocast.
-    The bias and the other operand must be contiguous: oneDNN reads them as if they were.
+    The bias must be contiguous, since oneDNN reads it as if it were, and so must `other`, since it is slow otherwise.
     """
     given = [t for t in (x, weight, bias, other) if t is not None]
     return (
@@ -60,7 +60,7 @@ def usable(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, oth
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in given))
         and unobserved()
         and not torch.is_autocast_enabled("cpu")
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and (bias is None or bias.is_contiguous())
         and (other is None or (other.is_contiguous() and other.shape == (*x.shape[:-1], weight.shape[0])))
         and x.numel() > 0

@@ -70,9 +70,10 @@ def attention(
     mask: four-dimensional: additive in q's dtype without -inf; or bool, with which a row without any key is what
         scaled_dot_product_attention makes of it
     """
-    transposed = (t.transpose(1, 2) for t in (q, k, v))
     with _differentiable():
-        y = F.scaled_dot_product_attention(*transposed, mask, dropout_p, scale=scale).transpose(1, 2)
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, dropout_p, scale=scale
+        ).transpose(1, 2)
     if mask is None or mask.dtype == torch.bool or not (y.dtype == torch.float16 or needs_grad(q, k, v)):
         return y
     return _average_without_keys(y, q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale)
