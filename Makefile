@@ -31,7 +31,7 @@ test: .venv/installed
 	@touch $@
 
 test-transformers-4: .venv-transformers-4/installed
-	$(<D)/bin/pytest -n $(WORKERS) tests/test_transformers_equality.py tests/test_swap.py tests/test_checkpoints.py
+	$(<D)/bin/pytest -n $(WORKERS) tests/test_transformers_equality.py tests/test_swap*.py tests/test_checkpoints.py
 
 # mypy can't follow the mapping of kernels/ and reference/ into the package: it reads the wheel, from another folder.
 lint: .venv/installed

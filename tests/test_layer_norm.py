@@ -373,3 +373,9 @@ def bad(**changes):
 def test_layer_norm_bad_input(backend, changes, error, message):
     with pytest.raises(error, match=message):
         layer_norm(**bad(**changes))
+
+
+def test_layer_norm_on_the_meta_device():
+    # A model's shapes can be tried without memory.
+    x, weight = torch.empty(2, 3, 16, device="meta"), torch.empty(16, device="meta")
+    assert layer_norm(x, weight, weight, residual=x).shape == (2, 3, 16)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from fastconv.dispatch import use_triton
+from fastconv.ops._eager import autocasting
 from fastconv.ops._register import needs_grad, register
 from fastconv.reference.ops.layer_norm import check
 
@@ -61,7 +62,7 @@ def _check_seed(x: torch.Tensor, seed: torch.Tensor | None) -> None:
 
 
 def _out_dtype(x: torch.Tensor, residual: torch.Tensor | None) -> torch.dtype:
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if autocasting(x):
         return torch.float32
     return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
 
@@ -170,7 +171,7 @@ def _native(x, weight, bias, eps, x_bias, residual, dropout_p, seed):
     if z.device.type == "cpu" and needs_grad(z, weight, bias):
         # ATen's backward on a CPU sums dweight and dbias in the dtype of x: off by 7 % after 4096 tokens in bf16.
         wide = torch.promote_types(wide, torch.float32)
-    if wide == z.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
+    if wide == z.dtype == weight.dtype or autocasting(z):
         return F.layer_norm(z, z.shape[-1:], weight, bias, eps)
     # torch's kernels don't take every mix of dtypes either: compute in the wider one.
     bias = None if bias is None else bias.to(wide)
