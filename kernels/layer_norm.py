@@ -7,8 +7,9 @@ Forward: one program owns BLOCK_T tokens with all their channels, so a token is 
 leave the registers. Reads x and residual, writes y, and z when a backward will need it: (2..4) * T * C elements.
 
 Backward: a program owns a strided set of token blocks and keeps its sums for weight, bias and x_bias in registers
-(past 4096 channels those of half of the channels, and two programs share a token); a second kernel adds the programs' partial sums in a fixed order. Reads dy and z, writes dx (and the residual's
-gradient where dropout or its dtype makes it another): (3..4) * T * C elements.
+(past 4096 channels those of half of the channels, and two programs share a token); a second kernel adds the programs'
+partial sums in a fixed order. Reads dy and z, writes dx (and the residual's gradient where dropout or its dtype makes
+it another): (3..4) * T * C elements.
 
     g = dy * weight;  dz = rstd * (g - mean(g) - xhat * mean(g * xhat));  dx = dropout'(dz);  dresidual = dz
 
