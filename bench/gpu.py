@@ -2,7 +2,8 @@
 
     python3 bench/gpu.py [--dry-run]
 
-Needs a CUDA GPU, torch and triton; no network, no installation, and no pytest (bench/plain_pytest.py stands in for it).
+Needs a CUDA GPU, torch, triton, and pytest for the tests; no network, no installation of this project. Where pytest is
+not installed, a folder with its wheels unpacked does, on PYTHONPATH. Tests that need other packages are skipped.
 Results go to bench/results/<gpu name>.json after every case, so that a run that is cut short loses one at most and the
 next one goes on. --dry-run does the same on a CPU with small shapes and writes nothing.
 """
@@ -35,8 +36,6 @@ _VERSIONS = ("code", "torch", "triton")  # a figure holds for these
 def run_tests(paths: list[str]) -> str:
     """Run the tests on the GPU; what came out, in words, beginning with "passed" or "failed"."""
     command = [sys.executable, "-m", "pytest", "-q", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT]
-    if importlib.util.find_spec("pytest") is None:
-        command = [sys.executable, ROOT / "bench" / "plain_pytest.py"]
     last = "no output"
     # Not from the root: there the folders kernels/ and reference/ would be top-level modules.
     with (
@@ -67,6 +66,13 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available() and not args.dry_run:
         build = torch.version.cuda or "none"
         print(f"no GPU found by torch {torch.__version__} (built for CUDA: {build}): nothing was run", file=sys.stderr)
+        return 2
+    if args.tests and importlib.util.find_spec("pytest") is None:
+        print(
+            "the tests need pytest: install it, or put a folder with its unpacked wheels on PYTHONPATH (pip install "
+            "--target FOLDER pytest, on any machine); --tests without a path runs the benchmarks alone",
+            file=sys.stderr,
+        )
         return 2
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     origin = provenance(device)

@@ -166,6 +166,13 @@ def test_bench_gpu_says_when_there_is_none():
     assert "no CUDA GPU found" in done.stderr
 
 
+def test_bench_gpu_says_that_the_tests_need_pytest(bench, monkeypatch, capsys):
+    gpu = bench("gpu")
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    assert gpu.main(["--dry-run"]) == 2
+    assert "the tests need pytest" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would be measured on the GPU")
 def test_bench_gpu_dry_run_writes_nothing():
     before = sorted((ROOT / "bench").rglob("*.json"))
@@ -232,33 +239,3 @@ def test_checkout_without_installation(tmp_path, cwd):
     # The temporary folder of links, gone with the process.
     assert not package.startswith(str(tmp_path))
     assert not Path(package).exists()
-
-
-def test_plain_pytest_counts_what_pytest_would(tmp_path):
-    (tmp_path / "conftest.py").write_text(
-        "import pytest\n"
-        "@pytest.fixture(params=[1, 2])\n"
-        "def number(request):\n"
-        "    yield request.param\n"
-        "    assert request.param < 2, 'teardown of 2'\n"
-    )
-    (tmp_path / "test_sample.py").write_text(
-        "import pytest\n"
-        "def test_passes(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path)\n"
-        "@pytest.mark.parametrize('a', [1, pytest.param(2, marks=pytest.mark.skip(reason='no'))])\n"
-        "@pytest.mark.parametrize(('b', 'c'), [(1, 1), (1, 2)])\n"
-        "def test_product(a, b, c): assert b == c\n"  # 1 passes, 1 fails, 2 are skipped
-        "def test_fixture(number): assert number\n"  # 1 passes, 1 fails
-        "def test_raises():\n"
-        "    with pytest.raises(ValueError, match='^x'): raise ValueError('y')\n"  # fails
-        "def test_did_not_raise():\n"
-        "    with pytest.raises(ValueError): pass\n"  # fails
-        "def test_unknown(caplog): pass\n"
-        "def test_missing(): import not_there_at_all\n"
-    )
-    done = script("plain_pytest.py", tmp_path)
-    assert "3 passed, 4 failed, 2 skipped, 2 not run in" in done.stdout.splitlines()[-1]
-    assert done.returncode == 1
-    assert "2 skipped: no" in done.stdout
-    assert "1 not run: test_sample.py::test_unknown: the fixture 'caplog'" in done.stdout
-    assert "1 not run: not_there_at_all is not installed" in done.stdout

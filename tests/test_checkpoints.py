@@ -12,10 +12,12 @@ from pathlib import Path
 import minilm
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import fastconv
 from fastconv import models, reference
+
+pytest.importorskip("safetensors", reason="checkpoints are safetensors, which is not installed")
+from safetensors.torch import load_file, save_file
 from fastconv.tokenization import BertTokenizer
 
 SMALL = {

@@ -15,6 +15,8 @@ import pytest
 import torch
 
 from fastconv import tokenization
+
+pytest.importorskip("tokenizers", reason="the tokenizers stand on tokenizers, which is not installed")
 from fastconv.batch_encoding import BatchEncoding
 from fastconv.tokenization import BertTokenizer, ConvBertTokenizer
 

@@ -9,6 +9,9 @@ import torch
 
 from fastconv import cli, models
 
+for package in ("safetensors", "tokenizers"):
+    pytest.importorskip(package, reason=f"checkpoint folders need {package}, which is not installed")
+
 TEXT = "The cat sat. A dog ran far away from it! Who saw them go? Nobody did, so the tale ends here.\n\nAnother one."
 _SMALL = {
     "vocab_size": 70,
