@@ -18,6 +18,7 @@ from fastconv import models, reference
 
 pytest.importorskip("safetensors", reason="checkpoints are safetensors, which is not installed")
 from safetensors.torch import load_file, save_file
+
 from fastconv.tokenization import BertTokenizer
 
 SMALL = {
