@@ -36,7 +36,8 @@ def check_backend(name: str) -> str:
 def backend(name: str) -> Iterator[None]:
     """Context in which every op runs the named implementation: "auto", "triton" or "native".
 
-    "triton" raises where an op has a kernel that can't run on its tensors; ops without a kernel run natively.
+    "triton" raises where an op has a kernel that can't run on its tensors' device; ops without a kernel, and sizes past
+    a kernel's, run natively.
     The choice holds for the whole process, as torch.backends' do, not for one thread.
 
     Raises: ValueError for another name.

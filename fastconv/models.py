@@ -44,7 +44,8 @@ class ConfigFiles:
 class FastModel:
     """Gives a model of the reference from_pretrained, save_pretrained and, from construction, the fused forwards.
 
-    `fastconv.restore(model)` takes the fused forwards away.
+    `fastconv.restore(model)` takes the fused forwards away. The encoder inside of a head (`model.bert`) is the
+    reference's class, with fused forwards under it.
     """
 
     config_class: ClassVar[Any]

@@ -1,4 +1,4 @@
-"""What every launcher needs: the tensor's device as the current one, the card's capability, and its number of SMs."""
+"""What every launcher needs: the tensor's device as the current one, the card's size, and Triton's options."""
 
 from __future__ import annotations
 
@@ -6,18 +6,12 @@ import contextlib
 import functools
 
 import torch
-from triton import knobs
 
 # Without a GPU the interpreter runs the programs one after the other: a few are enough to exercise a two-stage sum.
 _INTERPRETER_SMS = 4
 
 # 32-bit registers of a multiprocessor, which a block can have all, on every NVIDIA GPU since Kepler.
 _REGISTERS = 65536
-
-
-def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1), on CPU tensors."""
-    return bool(knobs.runtime.interpret)
 
 
 def device_of(x: torch.Tensor) -> contextlib.AbstractContextManager:
@@ -29,19 +23,13 @@ def device_of(x: torch.Tensor) -> contextlib.AbstractContextManager:
 
 
 @functools.cache
-def _properties(device_index: int) -> tuple[int, int]:
-    p = torch.cuda.get_device_properties(device_index)
-    return 10 * p.major + p.minor, p.multi_processor_count
-
-
-def capability(x: torch.Tensor) -> int:
-    """Compute capability of x's card as one number (90 for Hopper), 0 for a CPU tensor."""
-    return _properties(x.device.index)[0] if x.is_cuda else 0
+def _sm_count(device_index: int) -> int:
+    return torch.cuda.get_device_properties(device_index).multi_processor_count
 
 
 def sm_count(x: torch.Tensor) -> int:
     """Number of multiprocessors of x's card."""
-    return _properties(x.device.index)[1] if x.is_cuda else _INTERPRETER_SMS
+    return _sm_count(x.device.index) if x.is_cuda else _INTERPRETER_SMS
 
 
 def is_amd() -> bool:

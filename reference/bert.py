@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import heads, ops
 from .config import BertConfig
 from .layers import Embeddings, Encoder, EncoderLayer, Pooler, PredictionTransform
-from .model import Model, additive_mask, check_inputs, choose, expand_head_mask, maybe_tuple
+from .model import Model, additive_mask, check_devices, check_inputs, choose, expand_head_mask, maybe_tuple
 from .outputs import BaseModelOutputWithPoolingAndCrossAttentions, ModelOutput
 
 
@@ -97,9 +97,18 @@ class BertModel(BertPreTrainedModel):
             BaseModelOutputWithPoolingAndCrossAttentions, or the tuple of its values.
 
         Raises:
-            ValueError, TypeError, IndexError: see `model.check_inputs`, `model.additive_mask`.
+            ValueError, TypeError, IndexError: see `model.check_devices`, `check_inputs`, `additive_mask`.
         """
         config = self.config
+        check_devices(
+            self,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            head_mask=head_mask,
+            inputs_embeds=inputs_embeds,
+        )
         B, S = check_inputs(config, config.hidden_size, input_ids, token_type_ids, position_ids, inputs_embeds)
         hidden = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
         last, states, attentions = self.encoder(

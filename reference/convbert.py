@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import heads, ops
 from .config import ConvBertConfig
 from .layers import Embeddings, Encoder, EncoderLayer, PredictionTransform, SeparableConv1D
-from .model import Model, additive_mask, check_inputs, choose, expand_head_mask, maybe_tuple
+from .model import Model, additive_mask, check_devices, check_inputs, choose, expand_head_mask, maybe_tuple
 from .outputs import BaseModelOutputWithCrossAttentions, ModelOutput
 
 
@@ -112,9 +112,18 @@ class ConvBertModel(ConvBertPreTrainedModel):
             BaseModelOutputWithCrossAttentions, or the tuple of its values.
 
         Raises:
-            ValueError, TypeError, IndexError: see `model.check_inputs`, `model.additive_mask`.
+            ValueError, TypeError, IndexError: see `model.check_devices`, `check_inputs`, `additive_mask`.
         """
         config = self.config
+        check_devices(
+            self,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            head_mask=head_mask,
+            inputs_embeds=inputs_embeds,
+        )
         B, S = check_inputs(config, config.embedding_size, input_ids, token_type_ids, position_ids, inputs_embeds)
         hidden = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
         if config.embedding_size != config.hidden_size:

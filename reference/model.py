@@ -92,6 +92,14 @@ def maybe_tuple(output: Any, return_dict: bool) -> Any:
     return output if return_dict else output.to_tuple()
 
 
+def check_devices(model: Model, **tensors: Tensor | None) -> None:
+    """Raise ValueError unless every tensor given is where the parameters are."""
+    device = model.device
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device} but the model is on {device}; move them to one device")
+
+
 def check_inputs(
     config: Config,
     embedding_size: int,
@@ -141,6 +149,12 @@ def check_inputs(
     return B, S
 
 
+def can_look_at(tensor: Tensor) -> bool:
+    """Whether a tensor's values can be looked at for nothing: on a GPU that would wait for it, in a trace break it."""
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return tensor.device.type == "cpu" and tensor.numel() > 0 and not tracing
+
+
 def check_ids(name: str, ids: Tensor | None, B: int, S: int, size_name: str, size: int) -> None:
     """Check that ids are integers, of shape (B, S), (1, S) or (S,), and, on the CPU, in [0, size)."""
     if ids is None:
@@ -149,7 +163,7 @@ def check_ids(name: str, ids: Tensor | None, B: int, S: int, size_name: str, siz
         raise TypeError(f"{name} must be an int64 or int32 tensor, got {ids.dtype}")
     if tuple(ids.shape) not in ((B, S), (1, S), (S,)):
         raise ValueError(f"{name} must have shape (B, S) = {(B, S)}, got {tuple(ids.shape)}")
-    if ids.device.type != "cpu" or ids.numel() == 0 or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if not can_look_at(ids):
         return
     low, high = (int(value) for value in ids.aminmax())
     if low < 0 or high >= size:
@@ -185,7 +199,17 @@ def additive_mask(attention_mask: Tensor | None, B: int, heads: int, S: int, dty
             f"attention_mask must have shape (B, S) = {(B, S)}, (B, S, S) = {(B, S, S)} or one broadcastable to "
             f"(B, H, S, S) = {(B, heads, S, S)}, got {shape}"
         )
+    check_mask_values(attention_mask)
     return (1.0 - mask.to(dtype)) * torch.finfo(dtype).min
+
+
+def check_mask_values(attention_mask: Tensor) -> None:
+    """Raise ValueError, on the CPU, for an integer mask with other values than 1 and 0 (lengths, say)."""
+    if attention_mask.is_floating_point() or not can_look_at(attention_mask):
+        return
+    low, high = (int(value) for value in attention_mask.aminmax())
+    if low < 0 or high > 1:
+        raise ValueError(f"attention_mask must have values 1 and 0, got values from {low} to {high}")
 
 
 def expand_head_mask(head_mask: Tensor | None, layers: int, heads: int, dtype: torch.dtype) -> Tensor | None:

@@ -168,14 +168,13 @@ def _recording(recorder: _Recorder) -> Iterator[None]:
 
     # What launchers ask about the GPU.
     answers = {
-        "capability": lambda x: recorder.target.capability,
         "sm_count": lambda x: recorder.target.sm_count,
         "is_amd": lambda: recorder.target.amd,
     }
     with (
         mock.patch.object(JITFunction, "_do_compile", note),
         mock.patch.object(driver, "_active", recorder),
-        mock.patch.multiple("fastconv.kernels._launch", create=True, **answers),
+        mock.patch.multiple("fastconv.kernels._launch", **answers),
     ):
         yield
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import fastconv
 from fastconv import reference
 from fastconv.reference import BertConfig, ConvBertConfig
 
@@ -29,15 +30,38 @@ HEADS = (
 CLASSES = [family + head for family in ("Bert", "ConvBert") for head in HEADS]
 
 
-def build(name: str, **changes) -> reference.Model:
+def build(name: str, library=reference, **changes) -> reference.Model:
     values = (CONVBERT if name.startswith("Conv") else BERT).to_dict() | changes
-    cls = getattr(reference, name)
+    cls = getattr(library, name)
     return cls(cls.config_class.from_dict(values)).eval()
 
 
 @pytest.fixture(params=["BertModel", "ConvBertModel"])
-def model(request) -> reference.Model:
-    return build(request.param)
+def name(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=[reference, fastconv], ids=["reference", "fastconv"])
+def model(request, name) -> reference.Model:
+    # The accelerated models have other forwards: they must refuse the same.
+    return build(name, request.param)
+
+
+@pytest.mark.parametrize("argument", ["input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"])
+def test_tensors_on_another_device(model, argument):
+    given = {"inputs_embeds": torch.zeros(2, 5, model.config.hidden_size)} if argument == "inputs_embeds" else {}
+    given = given or {"input_ids": ids(2, 5), argument: ids(2, 5, value=1)}
+    given[argument] = given[argument].to("meta")
+    with pytest.raises(ValueError, match=rf"{argument} is on meta but the model is on cpu; move them to one device"):
+        model(**given)
+
+
+@pytest.mark.parametrize("value", [2, -1])
+def test_mask_values(model, value):
+    mask = ids(2, 5, value=1)
+    mask[0, 3] = value
+    with pytest.raises(ValueError, match=rf"attention_mask must have values 1 and 0, got values from .*{value}"):
+        model(ids(2, 5), attention_mask=mask)
 
 
 def ids(*shape: int, value: int = 3) -> torch.Tensor:

@@ -824,3 +824,26 @@ def test_moves_between_dtypes(source, family):
         infer(fast)
         assert_close(infer(fast.to(dtype)), infer(original.to(dtype)))
     assert_same_training(original, fast)
+
+
+@pytest.mark.parametrize("name", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
+def test_dropout_of_everything_is_the_originals(name):
+    # The config allows it; the fused ops, which divide by what is kept, don't.
+    sizes = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = reference.BertConfig(**sizes, intermediate_size=8, **{name: 1.0})
+    model = reference.BertModel(config).train()
+    ids = torch.randint(0, 20, (2, 5))
+    torch.manual_seed(0)
+    expected = model(ids).last_hidden_state
+    torch.manual_seed(0)
+    torch.testing.assert_close(fastconv.accelerate(model)(ids).last_hidden_state, expected)
+
+
+def test_integer_masks_go_to_the_original():
+    # transformers' eager attention adds whatever four-dimensional mask it gets to the scores.
+    bert = pytest.importorskip("transformers.models.bert.modeling_bert", reason="needs transformers")
+    config = bert.BertConfig(hidden_size=8, num_attention_heads=2, attn_implementation="eager")
+    attention = bert.BertSelfAttention(config).eval()
+    x, mask = torch.randn(2, 5, 8), torch.randint(0, 9, (2, 1, 5, 5))
+    expected = attention(x, mask)[0]
+    torch.testing.assert_close(fastconv.accelerate(attention)(x, mask)[0], expected)

@@ -44,6 +44,12 @@ def test_tolerance_refuses_what_is_not_finite(bad):
     assert not compare(out, reference, truth).ok
 
 
+def test_tolerance_refuses_a_reference_that_is_not_finite():
+    reference, truth = _case()
+    reference[0, 0] = float("inf")
+    assert not compare(reference.clone().zero_(), reference, truth).ok
+
+
 def test_tolerance_refuses_another_shape():
     reference, truth = _case()
     with pytest.raises(ValueError, match="shapes differ"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import sys
 from pathlib import Path
@@ -28,6 +29,11 @@ BAD = [
     (["{file}"], "expected a checkpoint folder, got the file"),
     (["{gpt}"], "model_type must be 'bert' or 'convbert', got 'gpt2'"),
     (["{wordless}"], "no tokenizer.json and no vocab.txt"),
+    (["{weightless}"], "no model.safetensors and no model.safetensors.index.json in"),
+    (["{truncated}"], "model.safetensors' .*(truncated|whole|corrupt|invalid)"),
+    (["{pickled}"], "is a pickle, .* safetensors"),
+    (["{no_json}"], "config.json' .*JSON"),
+    (["{odd_names}"], "architectures must be a list of names, got 5"),
     (["{many}"], "gives the id .*, but its config has vocab_size 70"),
     (["{folder}", "--text", "{tmp}/none.txt"], "--text: can't read .*No such file"),
     (["{folder}", "--text", "{tmp}"], "--text: can't read .*Is a directory"),
@@ -51,6 +57,28 @@ BAD = [
 ]
 
 
+SPOILT = ("weightless", "truncated", "pickled", "no_json", "odd_names")
+
+
+def spoil(arguments: list[str], tmp_path: Path) -> None:
+    """Make the checkpoint folder that the arguments name, with one thing wrong."""
+    name = arguments[0].strip("{}") if arguments else ""
+    if name not in SPOILT:
+        return
+    folder = save(tmp_path / name)
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    if name == "weightless":
+        weights.unlink()
+    elif name == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif name == "pickled":
+        torch.save({"a": torch.zeros(1)}, weights)
+    elif name == "no_json":
+        config.write_text("model_type: bert")
+    else:
+        config.write_text(json.dumps({**json.loads(config.read_text()), "architectures": 5}))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"), BAD, ids=lambda value: " ".join(value) if type(value) is list else ""
 )
@@ -61,6 +89,7 @@ def test_bad_input_is_one_clear_line(arguments, message, tmp_path, capsys, monke
         write_vocab(save(tmp_path / "many"), [*map(str, range(80)), "the"])
     if arguments == ["{wordless}"]:
         (save(tmp_path / "wordless") / "vocab.txt").unlink()
+    spoil(arguments, tmp_path)
     if arguments == ["{gpt}"]:
         (tmp_path / "gpt").mkdir()
         (tmp_path / "gpt" / "config.json").write_text('{"model_type": "gpt2"}')
@@ -69,7 +98,9 @@ def test_bad_input_is_one_clear_line(arguments, message, tmp_path, capsys, monke
     (tmp_path / "binary").write_bytes(b"abc\xff\xfe")
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     monkeypatch.setattr(parity.job.Job, "run", lambda *args: pytest.fail("it ran"))
-    names = {name: tmp_path / name for name in ("folder", "many", "wordless", "gpt", "file", "blank", "binary")}
+    names = {
+        name: tmp_path / name for name in ("folder", "many", "wordless", "gpt", "file", "blank", "binary", *SPOILT)
+    }
     before = sorted(tmp_path.rglob("*"))
     code, out, err = run(capsys, "verify", *(argument.format(tmp=tmp_path, **names) for argument in arguments))
     assert code == 2 and not out and err.count("\n") == 1 and err.startswith("fastconv")

@@ -49,8 +49,8 @@ def plain_layer_norm(module: Any) -> bool:
 
 
 def plain_dropout(module: nn.Module) -> bool:
-    """Whether the module is nothing but nn.Dropout."""
-    return type(module) is nn.Dropout and bare(module)
+    """Whether the module is nothing but nn.Dropout, of less than everything: the ops divide by what is kept."""
+    return type(module) is nn.Dropout and module.p < 1.0 and bare(module)
 
 
 def dropout_p(module: nn.Dropout) -> float:

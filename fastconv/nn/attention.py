@@ -41,7 +41,7 @@ class FastForward:
         for name, argument in kwargs.items():
             if argument is not None and argument is not False and name not in _IGNORED:
                 return False
-        if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 4):
+        if mask is not None and not _fits_scores(mask):
             return False
         return (
             hidden_states.dim() == 3
@@ -64,6 +64,11 @@ class FastForward:
             if not own or not hasattr(self.fastconv_config, "output_attentions"):
                 return True
         return False
+
+
+def _fits_scores(mask: Any) -> bool:
+    """Whether a mask is what scaled_dot_product_attention takes; others (BlockMask, integers) are the original's."""
+    return isinstance(mask, torch.Tensor) and mask.dim() == 4 and (mask.dtype == torch.bool or mask.is_floating_point())
 
 
 def attend(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

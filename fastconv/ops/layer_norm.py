@@ -33,7 +33,7 @@ def layer_norm(
     residual: (..., C) like x, or None; it may have another dtype
     dropout_p: probability, below 1, of zeroing a value of x + x_bias; the others are scaled by 1 / (1 - dropout_p)
     seed: () int64 on x's device: the mask is a function of it and of the position, per backend. None draws one from
-        torch's generator of that device
+        torch's generator of that device. The native formulation reads its value, which torch.compile can't trace
     returns: (..., C), dtype of x + residual; fp32 under autocast, as torch's layer_norm
 
     Raises: TypeError for tensors that are not real floating point; ValueError for shapes, devices or a dropout_p that

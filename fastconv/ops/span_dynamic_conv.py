@@ -18,8 +18,9 @@ def span_dynamic_conv(
     out: (B, S, H*D), written and returned if given: a slice of a wider tensor, say; not with a gradient
     returns: (B, S, H*D), dtype of value; softmax and sum are fp32 at least
 
-    Raises: TypeError for tensors that are not real floating point; ValueError for an even K, shapes, dtypes or devices
-    that don't fit, and for `out` where a gradient is needed. Source: Jiang et al., arXiv 2008.02496, section 4.2.
+    Raises: TypeError for tensors that are not real floating point; ValueError for an even K, shapes or devices that
+    don't fit, an `out` unlike value, and an `out` where a gradient is needed. Source: Jiang et al., arXiv
+    2008.02496, section 4.2.
     """
     heads = check(value, kernel_logits, kernel_size)
     if out is not None:

@@ -101,7 +101,10 @@ def _class_name(folder: Path) -> tuple[str, list[str]]:
         raise ValueError(
             f"{str(folder / 'config.json')!r}: model_type must be {expected}, got {config.get('model_type')!r}"
         )
-    named = [str(architecture) for architecture in config.get("architectures") or []]
+    named = config.get("architectures") or []
+    if not isinstance(named, list):
+        raise ValueError(f"{str(folder / 'config.json')!r}: architectures must be a list of names, got {named!r}")
+    named = [str(architecture) for architecture in named]
     for architecture in named:
         if architecture.startswith(f"{family}For") and hasattr(models, architecture):
             return architecture, []
