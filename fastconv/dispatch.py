@@ -74,7 +74,6 @@ _INTERPRETING = _TRITON_INSTALLED and os.environ.get("TRITON_INTERPRET", "0").lo
 )
 
 
-@functools.cache
 def _unsupported(device: torch.device) -> str | None:
     """Why Triton can't run on `device`; None where it can."""
     if not _TRITON_INSTALLED:
@@ -87,6 +86,9 @@ def _unsupported(device: torch.device) -> str | None:
     return None
 
 
+_unsupported_once = functools.cache(_unsupported)
+
+
 def use_triton(x: torch.Tensor) -> bool:
     """Whether an op on x runs its Triton kernel. Raises: RuntimeError if "triton" was asked for and can't run."""
     current = getattr(_of_module, "name", None) or _current
@@ -96,7 +98,9 @@ def use_triton(x: torch.Tensor) -> bool:
         return True
     if current == "auto" and x.device.type != "cuda":
         return False
-    reason = _unsupported(x.device)
+    # Dynamo traces through a cache, with a warning: in a trace, which runs once, the function itself will do.
+    ask = _unsupported if torch.compiler.is_compiling() else _unsupported_once
+    reason = ask(x.device)
     if reason is not None and current == "triton":
         raise RuntimeError(f"backend 'triton' can't run: {reason}; use backend 'auto' or 'native'")
     return reason is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -38,3 +40,14 @@ def test_backend_auto_interprets_where_triton_does(monkeypatch):
     assert dispatch.use_triton(torch.zeros(1))
     with fastconv.backend("native"):
         assert not dispatch.use_triton(torch.zeros(1))
+
+
+def test_use_triton_is_traced_without_a_warning(monkeypatch):
+    # As for a tensor on a GPU: the question what it can run is asked in the trace.
+    monkeypatch.setattr(dispatch, "_INTERPRETING", False)
+    monkeypatch.setattr(dispatch, "_unsupported", lambda device: None)
+    torch._dynamo.reset()
+    with fastconv.backend("triton"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        function = torch.compile(lambda x: x + dispatch.use_triton(x), backend="aot_eager", fullgraph=True)
+        assert function(torch.zeros(1)).item() == 1
