@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import pytest
@@ -46,6 +47,8 @@ def test_use_triton_is_traced_without_a_warning(monkeypatch):
     # As for a tensor on a GPU: the question what it can run is asked in the trace.
     monkeypatch.setattr(dispatch, "_INTERPRETING", False)
     monkeypatch.setattr(dispatch, "_unsupported", lambda device: None)
+    # The same with a cache, at which Dynamo warns.
+    monkeypatch.setattr(dispatch, "_unsupported_once", functools.cache(lambda device: None))
     torch._dynamo.reset()
     with fastconv.backend("triton"), warnings.catch_warnings():
         warnings.simplefilter("error")
