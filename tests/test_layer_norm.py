@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from shapes import LAYOUTS, with_layout
@@ -96,6 +98,11 @@ def test_layer_norm_expanded_gradient(backend, device):
     # sum().backward() hands the backward a dy with all strides 0.
     inputs = make((4, 48), torch.float32, device)
     assert_op_2x(layer_norm, reference_layer_norm, inputs, torch.ones((), device=device).expand(4, 48))
+
+
+def test_layer_norm_limit_is_the_kernels():
+    kernels = pytest.importorskip("fastconv.kernels.layer_norm", reason="the kernels need triton")
+    assert importlib.import_module("fastconv.ops.layer_norm")._MAX_CHANNELS == kernels.MAX_CHANNELS
 
 
 @pytest.mark.parametrize("channels", [4096, 5001, 8192, 8193])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
@@ -48,9 +51,9 @@ def layer_norm(
     if residual is x:
         # Dynamo gives half the gradient for a tensor in two slots of an autograd.Function (pytorch #183604).
         residual = x.view_as(x)
-    if needs_grad(x, weight, bias, x_bias, residual):
-        return _LayerNorm.apply(x, weight, bias, eps, x_bias, residual, dropout_p, seed, _out_dtype(x, residual))
     out_dtype = _out_dtype(x, residual)
+    if needs_grad(x, weight, bias, x_bias, residual):
+        return _LayerNorm.apply(x, weight, bias, eps, x_bias, residual, dropout_p, seed, out_dtype)
     return _forward(x, weight, bias, eps, x_bias, residual, dropout_p, seed, out_dtype, False)[0]
 
 
@@ -70,10 +73,16 @@ def _out_dtype(x: torch.Tensor, residual: torch.Tensor | None) -> torch.dtype:
 # The op: fastconv::layer_norm_fwd and fastconv::layer_norm_bwd. An output that a call doesn't make is an empty tensor.
 
 
-def _fwd(x, weight, bias, eps, x_bias, residual, dropout_p, seed, out_dtype, save):
-    from fastconv.kernels.layer_norm import layer_norm_fwd
+@functools.cache
+def _kernels() -> ModuleType:
+    # At the first launch: importing triton takes a while, and it may not be there.
+    from fastconv.kernels import layer_norm as kernels
 
-    made = layer_norm_fwd(x, weight, bias, eps, x_bias, residual, dropout_p, seed, out_dtype, save)
+    return kernels
+
+
+def _fwd(x, weight, bias, eps, x_bias, residual, dropout_p, seed, out_dtype, save):
+    made = _kernels().layer_norm_fwd(x, weight, bias, eps, x_bias, residual, dropout_p, seed, out_dtype, save)
     return tuple(x.new_empty(0) if t is None else t for t in made)
 
 
@@ -90,9 +99,7 @@ def _fwd_fake(x, weight, bias, eps, x_bias, residual, dropout_p, seed, out_dtype
 
 
 def _bwd(dy, z, weight, mean, rstd, dropout_p, seed, has_x_bias, dx_dtype, dresidual_dtype):
-    from fastconv.kernels.layer_norm import layer_norm_bwd
-
-    dx, dresidual, sums = layer_norm_bwd(
+    dx, dresidual, sums = _kernels().layer_norm_bwd(
         dy, z, weight, mean, rstd, dropout_p, seed, has_x_bias, dx_dtype, dresidual_dtype
     )
     return dx, dy.new_empty(0) if dresidual is None else dresidual, sums
@@ -169,7 +176,8 @@ def _native(x, weight, bias, eps, x_bias, residual, dropout_p, seed):
         z = z + residual
     wide = torch.promote_types(weight.dtype, z.dtype)
     if z.device.type == "cpu" and needs_grad(z, weight, bias):
-        # ATen's backward on a CPU sums dweight and dbias in the dtype of x: off by 7 % after 4096 tokens in bf16.
+        # ATen's backward on a CPU sums dweight and dbias in the dtype of x: dweight is off by 7 % after
+        # 4096 tokens in bf16 (torch 2.13.0).
         wide = torch.promote_types(wide, torch.float32)
     if wide == z.dtype == weight.dtype or autocasting(z):
         return F.layer_norm(z, z.shape[-1:], weight, bias, eps)
