@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import heads, ops
-from .config import BertConfig
+from .cache import Cache
+from .config import BertConfig, RoCBertConfig
+from .generation import Generation
+from .inputs import additive_mask, check_devices, check_encoder_states, check_inputs, choose_cache, expand_head_mask
 from .layers import Embeddings, Encoder, EncoderLayer, Pooler, PredictionTransform
-from .model import Model, additive_mask, check_devices, check_inputs, choose, expand_head_mask, maybe_tuple
-from .outputs import BaseModelOutputWithPoolingAndCrossAttentions, ModelOutput
+from .model import Model, choose, maybe_tuple
+from .outputs import BaseModelOutputWithPoolingAndCrossAttentions, BertForPreTrainingOutput, ModelOutput
 
 
 class BertSelfAttention(nn.Module):
-    """Multi-head attention of every token to every token."""
+    """Multi-head attention of every token to every token, or to an encoder's (`cross`).
 
-    def __init__(self, config: BertConfig) -> None:
+    Relative positions, if the config asks for them, count in self-attention only.
+    """
+
+    def __init__(self, config: BertConfig | RoCBertConfig, layer_index: int, cross: bool = False) -> None:
         super().__init__()
+        self.layer_index = layer_index
         self.num_attention_heads = config.num_attention_heads
         self.attention_head_size = config.hidden_size // config.num_attention_heads
         self.all_head_size = config.hidden_size
+        self.position_embedding_type = "absolute" if cross else config.position_embedding_type
         self.query = nn.Linear(config.hidden_size, self.all_head_size)
         self.key = nn.Linear(config.hidden_size, self.all_head_size)
         self.value = nn.Linear(config.hidden_size, self.all_head_size)
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+        if self.position_embedding_type != "absolute":
+            self.distance_embedding = nn.Embedding(2 * config.max_position_embeddings - 1, self.attention_head_size)
 
     def forward(
         self,
@@ -33,20 +44,97 @@ class BertSelfAttention(nn.Module):
         attention_mask: Tensor | None = None,
         head_mask: Tensor | None = None,
         output_attentions: bool = False,
+        encoder_hidden_states: Tensor | None = None,
+        past_key_values: Cache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, S, C) -> (B, S, C), and the probabilities (B, H, S, S) or None.
+        """(B, Sq, C), or with the encoder's (B, Sk, C) -> (B, Sq, C), and the probabilities (B, H, Sq, Sk) or None.
 
-        attention_mask is added to the scores, head_mask multiplies the probabilities; both broadcast to (B, H, S, S).
+        attention_mask is added to the scores, head_mask multiplies the probabilities; both broadcast to (B, H, Sq, Sk).
+        past_key_values is filled with what was computed here.
         """
-        heads = (self.num_attention_heads, self.attention_head_size)
-        q = self.query(hidden_states).unflatten(-1, heads)
-        k = self.key(hidden_states).unflatten(-1, heads)
-        v = self.value(hidden_states).unflatten(-1, heads)
-        probabilities = self.dropout(ops.attention_probabilities(q, k, mask=attention_mask))
+        q = self.query(hidden_states).unflatten(-1, (self.num_attention_heads, self.attention_head_size))
+        k, v = self._keys_and_values(hidden_states, encoder_hidden_states, past_key_values)
+        bias = None
+        if self.position_embedding_type != "absolute":
+            with_keys = self.position_embedding_type == "relative_key_query"
+            bias = ops.relative_scores(q, k, self.distance_embedding.weight, with_keys=with_keys)
+        probabilities = self.dropout(ops.attention_probabilities(q, k, mask=attention_mask, bias=bias))
         if head_mask is not None:
             probabilities = probabilities * head_mask
         context = torch.einsum("bhqk,bkhd->bqhd", probabilities, v).flatten(2)
         return context, probabilities if output_attentions else None
+
+    def _keys_and_values(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor | None, cache: Cache | None
+    ) -> tuple[Tensor, Tensor]:
+        """(B, Sk, H, D) each; those of an encoder are computed once, those of earlier tokens come from the cache."""
+        if encoder_hidden_states is not None and cache is not None and self.layer_index < len(cache.cross_attention):
+            return cache.cross_attention[self.layer_index]
+        states = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        k = self.key(states).unflatten(-1, (self.num_attention_heads, self.attention_head_size))
+        v = self.value(states).unflatten(-1, (self.num_attention_heads, self.attention_head_size))
+        if cache is None:
+            return k, v
+        if encoder_hidden_states is None:
+            return cache.append(self.layer_index, k, v)
+        cache.cross_attention.append((k, v))
+        return k, v
+
+
+def bert_encoder(config: BertConfig | RoCBertConfig) -> Encoder:
+    """The layers of BERT, with cross-attention if the config says so."""
+    return Encoder(
+        [
+            EncoderLayer(
+                config,
+                BertSelfAttention(config, index),
+                BertSelfAttention(config, index, cross=True) if config.add_cross_attention else None,
+            )
+            for index in range(config.num_hidden_layers)
+        ]
+    )
+
+
+def encode(
+    model: Any,
+    hidden: Tensor,
+    attention_mask: Tensor | None,
+    head_mask: Tensor | None,
+    encoder_hidden_states: Tensor | None,
+    encoder_attention_mask: Tensor | None,
+    cache: Cache | None,
+    output_attentions: bool | None,
+    output_hidden_states: bool | None,
+    return_dict: bool | None,
+) -> Any:
+    """What BERT and RoCBert do with the embeddings `hidden` (B, S, C): masks, layers, pooler, output."""
+    config, B, S, H = model.config, *hidden.shape[:2], model.config.num_attention_heads
+    check_encoder_states(config, B, encoder_hidden_states, encoder_attention_mask)
+    encoder_length = None if encoder_hidden_states is None else encoder_hidden_states.shape[1]
+    if cache is not None:
+        cache.check(config.num_hidden_layers, B, H, config.hidden_size // H, encoder_length)
+    past_length = 0 if cache is None else cache.get_seq_length()
+    make_mask = partial(additive_mask, dtype=hidden.dtype, device=hidden.device)
+    output = model.encoder(
+        hidden,
+        make_mask(attention_mask, (B, H, S, past_length + S), causal=config.is_decoder),
+        expand_head_mask(head_mask, config.num_hidden_layers, H, hidden.dtype),
+        choose(output_attentions, config.output_attentions),
+        choose(output_hidden_states, config.output_hidden_states),
+        encoder_hidden_states,
+        make_mask(encoder_attention_mask, (B, H, S, encoder_length or 0), name="encoder_attention_mask"),
+        cache,
+    )
+    last = output.last_hidden_state
+    pooled = BaseModelOutputWithPoolingAndCrossAttentions(
+        last_hidden_state=last,
+        pooler_output=None if model.pooler is None else model.pooler(last),
+        hidden_states=output.hidden_states,
+        past_key_values=cache,
+        attentions=output.attentions,
+        cross_attentions=output.cross_attentions,
+    )
+    return maybe_tuple(pooled, choose(return_dict, config.return_dict))
 
 
 class BertPreTrainedModel(Model):
@@ -58,14 +146,12 @@ class BertPreTrainedModel(Model):
 
 
 class BertModel(BertPreTrainedModel):
-    """The encoder, and a pooler over the first token unless `add_pooling_layer` is False."""
+    """The encoder, or the decoder that the config asks for; a pooler over the first token if `add_pooling_layer`."""
 
     def __init__(self, config: BertConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
         self.embeddings = Embeddings(config, config.hidden_size)
-        self.encoder = Encoder(
-            [EncoderLayer(config, BertSelfAttention(config)) for _ in range(config.num_hidden_layers)]
-        )
+        self.encoder = bert_encoder(config)
         self.pooler = Pooler(config) if add_pooling_layer else None
         self.init_weights()
 
@@ -77,6 +163,10 @@ class BertModel(BertPreTrainedModel):
         position_ids: Tensor | None = None,
         head_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
         *,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -86,18 +176,24 @@ class BertModel(BertPreTrainedModel):
 
         Args:
             input_ids: (B, S), int64 or int32.
-            attention_mask: (B, S) or (B, S, S), 1 for keys to attend to, 0 for others; or see `model.additive_mask`.
+            attention_mask: (B, S) or (B, S, S), 1 for keys to attend to, 0 for others; or see `inputs.additive_mask`.
+                With a cache S counts the cached tokens too. A decoder attends to no later token, unless the mask has
+                more than two dimensions and says it all.
             token_type_ids: (B, S), 0 by default.
-            position_ids: (B, S), 0, 1, 2, ... by default.
+            position_ids: (B, S), by default 0, 1, 2, ..., or from the number of cached tokens on.
             head_mask: (heads,) or (layers, heads), 1 for heads to keep.
             inputs_embeds: (B, S, C), instead of input_ids.
+            encoder_hidden_states: (B, Se, C), for the cross-attention of a decoder.
+            encoder_attention_mask: (B, Se) or (B, S, Se), 1 for the encoder's tokens to attend to.
+            past_key_values: what an earlier call returned, or an empty Cache; it is updated in place.
+            use_cache: whether a decoder returns past_key_values; that of the config if None.
             output_attentions, output_hidden_states, return_dict: those of the config if None.
 
         Returns:
             BaseModelOutputWithPoolingAndCrossAttentions, or the tuple of its values.
 
         Raises:
-            ValueError, TypeError, IndexError: see `model.check_devices`, `check_inputs`, `additive_mask`.
+            ValueError, TypeError, IndexError: see the functions of `inputs`, and `Cache.check`.
         """
         config = self.config
         check_devices(
@@ -108,29 +204,31 @@ class BertModel(BertPreTrainedModel):
             position_ids=position_ids,
             head_mask=head_mask,
             inputs_embeds=inputs_embeds,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
         )
-        B, S = check_inputs(config, config.hidden_size, input_ids, token_type_ids, position_ids, inputs_embeds)
-        hidden = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
-        last, states, attentions = self.encoder(
-            hidden,
-            additive_mask(attention_mask, B, config.num_attention_heads, S, hidden.dtype),
-            expand_head_mask(head_mask, config.num_hidden_layers, config.num_attention_heads, hidden.dtype),
-            choose(output_attentions, config.output_attentions),
-            choose(output_hidden_states, config.output_hidden_states),
+        checkpointing = self.is_gradient_checkpointing and self.training
+        cache = choose_cache(config, past_key_values, use_cache, checkpointing)
+        past_length = 0 if cache is None else cache.get_seq_length()
+        check_inputs(config, config.hidden_size, input_ids, token_type_ids, position_ids, inputs_embeds, past_length)
+        return encode(
+            self,
+            self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds, past_length),
+            attention_mask,
+            head_mask,
+            encoder_hidden_states,
+            encoder_attention_mask,
+            cache,
+            output_attentions,
+            output_hidden_states,
+            return_dict,
         )
-        output = BaseModelOutputWithPoolingAndCrossAttentions(
-            last_hidden_state=last,
-            pooler_output=None if self.pooler is None else self.pooler(last),
-            hidden_states=states,
-            attentions=attentions,
-        )
-        return maybe_tuple(output, choose(return_dict, config.return_dict))
 
 
 class BertLMPredictionHead(nn.Module):
     """Logits over the vocabulary. `bias` and `decoder.bias` are one parameter with two names in the checkpoints."""
 
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, config: BertConfig | RoCBertConfig) -> None:
         super().__init__()
         self.transform = PredictionTransform(config, config.hidden_size, config.hidden_act)
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
@@ -144,12 +242,163 @@ class BertLMPredictionHead(nn.Module):
 class BertOnlyMLMHead(nn.Module):
     """The head of BertForMaskedLM: the name that its parameters have in the checkpoints."""
 
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, config: BertConfig | RoCBertConfig) -> None:
         super().__init__()
         self.predictions = BertLMPredictionHead(config)
 
 
-class BertForMaskedLM(heads.MaskedLM, BertPreTrainedModel):
+class BertOnlyNSPHead(nn.Module):
+    """The head of BertForNextSentencePrediction: the name that its parameters have in the checkpoints."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.seq_relationship = nn.Linear(config.hidden_size, 2)
+
+
+class BertPreTrainingHeads(BertOnlyMLMHead):
+    """Both heads of BertForPreTraining."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.seq_relationship = nn.Linear(config.hidden_size, 2)
+
+
+class Vocabulary(Model):
+    """A model whose head `cls.predictions` maps to the vocabulary, by the word embeddings if the config ties them."""
+
+    cls: BertOnlyMLMHead
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.cls.predictions.decoder
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.cls.predictions.decoder = value
+        self.cls.predictions.bias = value.bias
+
+    def tie_weights(self) -> None:
+        predictions = self.cls.predictions
+        if self.config.tie_word_embeddings:
+            predictions.decoder.weight = self.get_input_embeddings().weight
+        predictions.bias = predictions.decoder.bias
+
+    def logits(self, outputs: ModelOutput) -> Tensor:
+        return self.cls.predictions(outputs["last_hidden_state"])
+
+
+class BertForPreTraining(Vocabulary, BertPreTrainedModel):
+    """BERT with both heads of its pre-training: masked language modelling and next sentence prediction."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.bert = BertModel(config)
+        self.cls = BertPreTrainingHeads(config)
+        self.init_weights(skip=self.bert)
+        self.tie_weights()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        next_sentence_label: Tensor | None = None,
+        *,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """The arguments of the base model; labels (B, S), -100 is ignored; next_sentence_label (B,), 0 if the second
+        sentence follows the first, 1 if it is another. There is a loss, the sum of both, only if both are given.
+
+        Raises:
+            ValueError, TypeError, IndexError: as the base model; labels of a wrong shape.
+        """
+        outputs = self.bert(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            head_mask,
+            inputs_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        logits, relationship = self.logits(outputs), self.cls.seq_relationship(outputs.pooler_output)
+        loss = None
+        if labels is not None and next_sentence_label is not None:
+            loss = heads.class_loss(logits, labels)
+            loss = loss + heads.class_loss(relationship, next_sentence_label, "next_sentence_label")
+        output = BertForPreTrainingOutput(
+            loss=loss,
+            prediction_logits=logits,
+            seq_relationship_logits=relationship,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return maybe_tuple(output, choose(return_dict, self.config.return_dict))
+
+
+class BertLMHeadModel(Generation, heads.CausalLM, Vocabulary, BertPreTrainedModel):
+    """BERT with a language modelling head, a decoder if the config says is_decoder; without it every token attends to
+    every other, and text can't be generated.
+    """
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.bert = BertModel(config, add_pooling_layer=False)
+        self.cls = BertOnlyMLMHead(config)
+        self.init_weights(skip=self.bert)
+        self.tie_weights()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        *,
+        logits_to_keep: int = 0,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """The arguments of the base model; labels (B, S), -100 is ignored: the logits of a token are compared with the
+        label of the next. With labels there is no cache.
+
+        logits_to_keep: compute only the logits of this many last tokens; 0 for all.
+
+        Raises:
+            ValueError, TypeError, IndexError: as the base model; labels of a wrong shape; labels with logits_to_keep.
+        """
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "head_mask": head_mask,
+            "inputs_embeds": inputs_embeds,
+            "encoder_hidden_states": encoder_hidden_states,
+            "encoder_attention_mask": encoder_attention_mask,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache if labels is None else False,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+        }
+        return self.predict(inputs, labels, return_dict, logits_to_keep)
+
+
+class BertForMaskedLM(Vocabulary, heads.MaskedLM, BertPreTrainedModel):
     """BERT with a masked language modelling head."""
 
     def __init__(self, config: BertConfig) -> None:
@@ -159,17 +408,54 @@ class BertForMaskedLM(heads.MaskedLM, BertPreTrainedModel):
         self.init_weights(skip=self.bert)
         self.tie_weights()
 
-    def get_output_embeddings(self) -> nn.Module:
-        return self.cls.predictions.decoder
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """The arguments of the base model but the cache; labels (B, S), -100 is ignored.
 
-    def tie_weights(self) -> None:
-        predictions = self.cls.predictions
-        if self.config.tie_word_embeddings:
-            predictions.decoder.weight = self.bert.embeddings.word_embeddings.weight
-        predictions.bias = predictions.decoder.bias
+        Raises:
+            ValueError, TypeError, IndexError: as the base model; labels of a wrong shape.
+        """
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "head_mask": head_mask,
+            "inputs_embeds": inputs_embeds,
+            "encoder_hidden_states": encoder_hidden_states,
+            "encoder_attention_mask": encoder_attention_mask,
+            "use_cache": False,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+        }
+        return self.predict(inputs, labels, return_dict)
+
+
+class BertForNextSentencePrediction(heads.NextSentencePrediction, BertPreTrainedModel):
+    """BERT with a classifier of sentence pairs: 0, the second follows the first; 1, it is another."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.bert = BertModel(config)
+        self.cls = BertOnlyNSPHead(config)
+        self.init_weights(skip=self.bert)
 
     def logits(self, outputs: ModelOutput) -> Tensor:
-        return self.cls.predictions(outputs["last_hidden_state"])
+        return self.cls.seq_relationship(outputs["pooler_output"])
 
 
 class BertForSequenceClassification(heads.SequenceClassification, BertPreTrainedModel):

@@ -102,6 +102,8 @@ class Config:
                 raise ValueError(
                     f"pad_token_id must be less than vocab_size {self.vocab_size}, got {self.pad_token_id}"
                 )
+        if self.add_cross_attention and not self.is_decoder:
+            raise ValueError("add_cross_attention needs is_decoder True, got False")
         check_choice("problem_type", self.problem_type, (None, *PROBLEM_TYPES))
         try:
             get_activation(self.hidden_act)
@@ -149,6 +151,44 @@ class BertConfig(Config):
         super().validate()
         check_choice("position_embedding_type", self.position_embedding_type, POSITION_EMBEDDING_TYPES)
         check_divisible("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+
+
+@dataclass(kw_only=True)
+class RoCBertConfig(Config):
+    """Configuration of RoCBert; the defaults are those of transformers, with the vocabulary of an English BERT.
+
+    `concat_input` maps the concatenated word, shape and pronunciation embeddings to hidden_size; without it their mean
+    is taken, which needs them to be of hidden_size.
+    """
+
+    model_type: ClassVar[str] = "roc_bert"
+
+    position_embedding_type: str = "absolute"
+    enable_pronunciation: bool = True
+    enable_shape: bool = True
+    pronunciation_embed_dim: int = 768
+    pronunciation_vocab_size: int = 910
+    shape_embed_dim: int = 512
+    shape_vocab_size: int = 24858
+    concat_input: bool = True
+
+    def validate(self) -> None:
+        super().validate()
+        check_choice("position_embedding_type", self.position_embedding_type, POSITION_EMBEDDING_TYPES)
+        check_divisible("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+        for stream, enabled in (("shape", self.enable_shape), ("pronunciation", self.enable_pronunciation)):
+            size = getattr(self, f"{stream}_embed_dim")
+            check_int(f"{stream}_embed_dim", size, 1)
+            vocab_size = getattr(self, f"{stream}_vocab_size")
+            check_int(f"{stream}_vocab_size", vocab_size, 1)
+            if enabled and not self.concat_input and size != self.hidden_size:
+                raise ValueError(
+                    f"{stream}_embed_dim must be hidden_size {self.hidden_size} where concat_input is False, got {size}"
+                )
+            if self.pad_token_id is not None and self.pad_token_id >= vocab_size:
+                raise ValueError(
+                    f"pad_token_id must be less than {stream}_vocab_size {vocab_size}, got {self.pad_token_id}"
+                )
 
 
 @dataclass(kw_only=True)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import heads, ops
+from .cache import Cache
 from .config import ConvBertConfig
+from .inputs import additive_mask, check_devices, check_encoder_states, check_inputs, expand_head_mask
 from .layers import Embeddings, Encoder, EncoderLayer, PredictionTransform, SeparableConv1D
-from .model import Model, additive_mask, check_devices, check_inputs, choose, expand_head_mask, maybe_tuple
-from .outputs import BaseModelOutputWithCrossAttentions, ModelOutput
+from .model import Model, choose, maybe_tuple
+from .outputs import ModelOutput
 
 
 class ConvBertSelfAttention(nn.Module):
@@ -41,17 +44,21 @@ class ConvBertSelfAttention(nn.Module):
         attention_mask: Tensor | None = None,
         head_mask: Tensor | None = None,
         output_attentions: bool = False,
+        encoder_hidden_states: Tensor | None = None,
+        past_key_values: Cache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, S, C) -> (B, S, C), and the probabilities (B, H, S, S) or None.
+        """(B, Sq, C), or with the encoder's (B, Sk, C) -> (B, Sq, C), and the probabilities (B, H, Sq, Sk) or None.
 
-        attention_mask is added to the scores, head_mask multiplies the probabilities; both broadcast to (B, H, S, S).
-        The first C/2 output channels come from attention heads, the others from convolution heads.
+        attention_mask is added to the scores, head_mask multiplies the probabilities; both broadcast to (B, H, Sq, Sk).
+        The first C/2 output channels come from attention heads, the others from convolution heads. Those see
+        hidden_states only, and later tokens too; so there is nothing that a cache could keep.
         """
         query = self.query(hidden_states)
         heads = (self.num_attention_heads, self.attention_head_size)
+        states = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         q = query.unflatten(-1, heads)
-        k = self.key(hidden_states).unflatten(-1, heads)
-        v = self.value(hidden_states).unflatten(-1, heads)
+        k = self.key(states).unflatten(-1, heads)
+        v = self.value(states).unflatten(-1, heads)
         probabilities = self.dropout(ops.attention_probabilities(q, k, mask=attention_mask))
         if head_mask is not None:
             probabilities = probabilities * head_mask
@@ -80,7 +87,14 @@ class ConvBertModel(ConvBertPreTrainedModel):
         if config.embedding_size != config.hidden_size:
             self.embeddings_project = nn.Linear(config.embedding_size, config.hidden_size)
         self.encoder = Encoder(
-            [EncoderLayer(config, ConvBertSelfAttention(config)) for _ in range(config.num_hidden_layers)]
+            [
+                EncoderLayer(
+                    config,
+                    ConvBertSelfAttention(config),
+                    ConvBertSelfAttention(config) if config.add_cross_attention else None,
+                )
+                for _ in range(config.num_hidden_layers)
+            ]
         )
         self.init_weights()
 
@@ -92,6 +106,8 @@ class ConvBertModel(ConvBertPreTrainedModel):
         position_ids: Tensor | None = None,
         head_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
         *,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -101,20 +117,25 @@ class ConvBertModel(ConvBertPreTrainedModel):
 
         Args:
             input_ids: (B, S), int64 or int32.
-            attention_mask: (B, S) or (B, S, S), 1 for keys to attend to, 0 for others; or see `model.additive_mask`.
+            attention_mask: (B, S) or (B, S, S), 1 for keys to attend to, 0 for others; or see `inputs.additive_mask`.
+                With is_decoder no attention head attends to a later token, as in transformers 4 (transformers 5 does
+                not look at is_decoder here), unless the mask has more than two dimensions and says it all.
             token_type_ids: (B, S), 0 by default.
             position_ids: (B, S), 0, 1, 2, ... by default.
             head_mask: (heads,) or (layers, heads), 1 for attention heads to keep; convolution heads are always kept.
             inputs_embeds: (B, S, embedding_size), instead of input_ids.
+            encoder_hidden_states: (B, Se, C), for the cross-attention of a decoder.
+            encoder_attention_mask: (B, Se) or (B, S, Se), 1 for the encoder's tokens to attend to.
             output_attentions, output_hidden_states, return_dict: those of the config if None.
 
         Returns:
-            BaseModelOutputWithCrossAttentions, or the tuple of its values.
+            BaseModelOutputWithCrossAttentions, or the tuple of its values. In a row that is all padding attention is
+            uniform, as in transformers; the original adds -10000 instead and attends by the scores.
 
         Raises:
-            ValueError, TypeError, IndexError: see `model.check_devices`, `check_inputs`, `additive_mask`.
+            ValueError, TypeError, IndexError: see the functions of `inputs`.
         """
-        config = self.config
+        config, heads = self.config, self.config.attention_heads
         check_devices(
             self,
             input_ids=input_ids,
@@ -123,19 +144,25 @@ class ConvBertModel(ConvBertPreTrainedModel):
             position_ids=position_ids,
             head_mask=head_mask,
             inputs_embeds=inputs_embeds,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
         )
         B, S = check_inputs(config, config.embedding_size, input_ids, token_type_ids, position_ids, inputs_embeds)
+        check_encoder_states(config, B, encoder_hidden_states, encoder_attention_mask)
         hidden = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
         if config.embedding_size != config.hidden_size:
             hidden = self.embeddings_project(hidden)
-        last, states, attentions = self.encoder(
+        encoder_length = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
+        make_mask = partial(additive_mask, dtype=hidden.dtype, device=hidden.device)
+        output = self.encoder(
             hidden,
-            additive_mask(attention_mask, B, config.attention_heads, S, hidden.dtype),
-            expand_head_mask(head_mask, config.num_hidden_layers, config.attention_heads, hidden.dtype),
+            make_mask(attention_mask, (B, heads, S, S), causal=config.is_decoder),
+            expand_head_mask(head_mask, config.num_hidden_layers, heads, hidden.dtype),
             choose(output_attentions, config.output_attentions),
             choose(output_hidden_states, config.output_hidden_states),
+            encoder_hidden_states,
+            make_mask(encoder_attention_mask, (B, heads, S, encoder_length), name="encoder_attention_mask"),
         )
-        output = BaseModelOutputWithCrossAttentions(last_hidden_state=last, hidden_states=states, attentions=attentions)
         return maybe_tuple(output, choose(return_dict, config.return_dict))
 
 
@@ -150,8 +177,11 @@ class ConvBertForMaskedLM(heads.MaskedLM, ConvBertPreTrainedModel):
         self.init_weights(skip=self.convbert)
         self.tie_weights()
 
-    def get_output_embeddings(self) -> nn.Module:
+    def get_output_embeddings(self) -> nn.Linear:
         return self.generator_lm_head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.generator_lm_head = value
 
     def tie_weights(self) -> None:
         if self.config.tie_word_embeddings:
@@ -192,7 +222,8 @@ class ConvBertForSequenceClassification(heads.SequenceClassification, ConvBertPr
 
 class ConvBertSequenceSummary(nn.Module):
     """One vector for a sequence, by the `summary_*` values of the config. "last" is the last position, padding or not;
-    "cls_index" without an index is the same.
+    "cls_index" without an index is the same. The original knows no summary; what it is of a padded row is that of
+    transformers.
     """
 
     def __init__(self, config: ConvBertConfig) -> None:
@@ -208,10 +239,13 @@ class ConvBertSequenceSummary(nn.Module):
             )
         self.summary = nn.Linear(config.hidden_size, config.hidden_size) if config.summary_use_proj else nn.Identity()
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(B, S, C) -> (B, C)."""
+    def forward(self, hidden_states: Tensor, cls_index: Tensor | None = None) -> Tensor:
+        """(B, S, C), and the positions (B,) to take for the type "cls_index" -> (B, C)."""
         if self.summary_type == "mean":
             vector = hidden_states.mean(dim=1)
+        elif self.summary_type == "cls_index" and cls_index is not None:
+            rows = torch.arange(hidden_states.shape[0], device=hidden_states.device)
+            vector = hidden_states[rows, cls_index.to(hidden_states.device)]
         else:
             vector = hidden_states[:, 0 if self.summary_type == "first" else -1]
         vector = self.summary(self.first_dropout(vector))

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import Config
+from .config import Config, check_int
 from .model import Model, choose, maybe_tuple
 from .outputs import (
+    CausalLMOutputWithCrossAttentions,
     MaskedLMOutput,
     ModelOutput,
     MultipleChoiceModelOutput,
+    NextSentencePredictorOutput,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
@@ -38,6 +41,18 @@ class HeadModel(Model):
         """The loss, a scalar."""
         raise NotImplementedError
 
+    def predict(self, inputs: dict[str, Any], labels: Tensor | None, return_dict: bool | None) -> Any:
+        """The output for the arguments `inputs` of the base model: what a family's forward ends with."""
+        outputs = self.base_model(**inputs, return_dict=True)
+        logits = self.logits(outputs)
+        output = self.output_class(
+            loss=None if labels is None else self.loss(logits, labels),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return maybe_tuple(output, choose(return_dict, self.config.return_dict))
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -57,31 +72,64 @@ class HeadModel(Model):
         Raises:
             ValueError, TypeError, IndexError: as the base model; labels of a wrong shape.
         """
-        outputs = self.base_model(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            head_mask,
-            inputs_embeds,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-        )
-        logits = self.logits(outputs)
-        output = self.output_class(
-            loss=None if labels is None else self.loss(logits, labels),
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-        return maybe_tuple(output, choose(return_dict, self.config.return_dict))
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "head_mask": head_mask,
+            "inputs_embeds": inputs_embeds,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+        }
+        return self.predict(inputs, labels, return_dict)
 
 
 class MaskedLM(HeadModel):
     """Logits over the vocabulary for every token. labels: (B, S), -100 is ignored."""
 
     output_class = MaskedLMOutput
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return class_loss(logits, labels)
+
+
+class CausalLM(HeadModel):
+    """Logits over the vocabulary for the token that follows. labels: (B, S), those of the tokens; -100 is ignored."""
+
+    def predict(
+        self,
+        inputs: dict[str, Any],
+        labels: Tensor | None,
+        return_dict: bool | None,
+        logits_to_keep: int = 0,
+    ) -> Any:
+        """The output for the arguments `inputs` of the base model. logits_to_keep: of how many last tokens; 0: all."""
+        check_int("logits_to_keep", logits_to_keep, 0)
+        if labels is not None and logits_to_keep:
+            raise ValueError(f"labels need all logits, got logits_to_keep {logits_to_keep}")
+        outputs = self.base_model(**inputs, return_dict=True)
+        kept = replace(outputs, last_hidden_state=outputs.last_hidden_state[:, -logits_to_keep:])
+        logits = self.logits(kept)
+        output = CausalLMOutputWithCrossAttentions(
+            loss=None if labels is None else self.loss(logits, labels),
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+        )
+        return maybe_tuple(output, choose(return_dict, self.config.return_dict))
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        check_labels(labels, tuple(logits.shape[:-1]))
+        return class_loss(logits[:, :-1], labels[:, 1:])
+
+
+class NextSentencePrediction(HeadModel):
+    """Whether the second sentence follows the first, 0, or not, 1. labels: (B,)."""
+
+    output_class = NextSentencePredictorOutput
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return class_loss(logits, labels)
@@ -131,40 +179,23 @@ class MultipleChoice(HeadModel):
 
     output_class = MultipleChoiceModelOutput
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        head_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        *,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> Any:
+    def predict(self, inputs: dict[str, Any], labels: Tensor | None, return_dict: bool | None) -> Any:
         """As the other heads, with one dimension more, N, after the batch.
 
         Raises:
             ValueError, TypeError, IndexError: as the base model; an input without the dimension of the choices.
         """
-        given = inputs_embeds if input_ids is None else input_ids
+        given = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
         if given is None:
             raise ValueError("give exactly one of input_ids and inputs_embeds, got neither")
         batch, choices = given.shape[:2]
-        output = super().forward(
-            flatten_choices("input_ids", input_ids, 3),
-            flatten_choices("attention_mask", attention_mask, 3),
-            flatten_choices("token_type_ids", token_type_ids, 3),
-            flatten_choices("position_ids", position_ids, 3),
-            head_mask,
-            flatten_choices("inputs_embeds", inputs_embeds, 4),
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-        )
+        flat = {
+            name: flatten_choices(name, value, 4 if name == "inputs_embeds" else 3)
+            if isinstance(value, Tensor) and name != "head_mask"
+            else value
+            for name, value in inputs.items()
+        }
+        output = super().predict(flat, None, True)
         output.logits = output.logits.reshape(batch, choices)
         if labels is not None:
             output.loss = class_loss(output.logits, labels)
@@ -201,17 +232,27 @@ class QuestionAnswering(Model):
         Raises:
             ValueError, TypeError, IndexError: as the base model; positions of a wrong shape.
         """
-        outputs = self.base_model(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            head_mask,
-            inputs_embeds,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-        )
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "head_mask": head_mask,
+            "inputs_embeds": inputs_embeds,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+        }
+        return self.predict(inputs, start_positions, end_positions, return_dict)
+
+    def predict(
+        self,
+        inputs: dict[str, Any],
+        start_positions: Tensor | None,
+        end_positions: Tensor | None,
+        return_dict: bool | None,
+    ) -> Any:
+        """The output for the arguments `inputs` of the base model: what a family's forward ends with."""
+        outputs = self.base_model(**inputs, return_dict=True)
         start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
@@ -227,15 +268,15 @@ class QuestionAnswering(Model):
         return maybe_tuple(output, choose(return_dict, self.config.return_dict))
 
 
-def class_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def class_loss(logits: Tensor, labels: Tensor, name: str = "labels") -> Tensor:
     """The mean cross-entropy of logits (..., classes) over the labels (...) that are not -100: NaN if all are.
 
     Raises:
         TypeError: labels that are not integers. ValueError: labels of another shape.
     """
-    check_labels(labels, tuple(logits.shape[:-1]))
+    check_labels(labels, tuple(logits.shape[:-1]), name)
     if labels.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"labels must be an int64 or int32 tensor for a classification, got {labels.dtype}")
+        raise TypeError(f"{name} must be an int64 or int32 tensor for a classification, got {labels.dtype}")
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten().long())
 
 
@@ -247,10 +288,10 @@ def position_loss(name: str, logits: Tensor, positions: Tensor) -> Tensor:
     return F.cross_entropy(logits, positions.reshape(B).long().clamp(0, S), ignore_index=S)
 
 
-def check_labels(labels: Tensor, shape: tuple[int, ...]) -> None:
+def check_labels(labels: Tensor, shape: tuple[int, ...], name: str = "labels") -> None:
     """Raise ValueError unless labels have this shape."""
     if tuple(labels.shape) != shape:
-        raise ValueError(f"labels must have shape {shape}, got {tuple(labels.shape)}")
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(labels.shape)}")
 
 
 def flatten_choices(name: str, tensor: Tensor | None, dim: int) -> Tensor | None:

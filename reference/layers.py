@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from . import ops
+from .cache import Cache
 from .config import Config, ConvBertConfig
+from .outputs import BaseModelOutputWithCrossAttentions
 
 
 class SelfAttention(Protocol):
-    """What every family's self-attention module can do."""
+    """What every family's attention module can do: self-attention or, with encoder_hidden_states, cross-attention."""
 
     def __call__(
         self,
@@ -20,14 +23,17 @@ class SelfAttention(Protocol):
         attention_mask: Tensor | None,
         head_mask: Tensor | None,
         output_attentions: bool,
+        encoder_hidden_states: Tensor | None = None,
+        past_key_values: Cache | None = None,
     ) -> tuple[Tensor, Tensor | None]: ...
 
 
 class Embeddings(nn.Module):
-    """LayerNorm(word + position + token type), then dropout."""
+    """LayerNorm(word + position + token type), then dropout. Relative positions are not added here."""
 
     def __init__(self, config: Config, size: int) -> None:
         super().__init__()
+        self.absolute_positions = getattr(config, "position_embedding_type", "absolute") == "absolute"
         self.word_embeddings = nn.Embedding(config.vocab_size, size, padding_idx=config.pad_token_id)
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, size)
@@ -40,15 +46,27 @@ class Embeddings(nn.Module):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        past_length: int = 0,
     ) -> Tensor:
-        """ids (B, S), or inputs_embeds (B, S, E) -> (B, S, E). Positions count from 0, token types are 0 by default."""
+        """ids (B, S), or inputs_embeds (B, S, E) -> (B, S, E).
+
+        Positions count from past_length, the number of cached tokens; token types are 0 by default.
+        """
         words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        if position_ids is None:
-            position_ids = torch.arange(words.shape[1], device=words.device)
+        return self.dropout(self.LayerNorm(self.add_places(words, token_type_ids, position_ids, past_length)))
+
+    def add_places(
+        self, words: Tensor, token_type_ids: Tensor | None, position_ids: Tensor | None, past_length: int
+    ) -> Tensor:
+        """(B, S, E) + the embeddings of positions, if they are absolute, and of token types."""
+        S = words.shape[1]
         if token_type_ids is None:
-            token_type_ids = torch.zeros(1, words.shape[1], dtype=torch.long, device=words.device)
-        summed = words + self.position_embeddings(position_ids) + self.token_type_embeddings(token_type_ids)
-        return self.dropout(self.LayerNorm(summed))
+            token_type_ids = torch.zeros(1, S, dtype=torch.long, device=words.device)
+        if self.absolute_positions:
+            if position_ids is None:
+                position_ids = torch.arange(past_length, past_length + S, device=words.device)
+            words = words + self.position_embeddings(position_ids)
+        return words + self.token_type_embeddings(token_type_ids)
 
 
 class GroupedLinear(nn.Module):
@@ -129,19 +147,27 @@ class Attention(nn.Module):
         attention_mask: Tensor | None = None,
         head_mask: Tensor | None = None,
         output_attentions: bool = False,
+        encoder_hidden_states: Tensor | None = None,
+        past_key_values: Cache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, S, C) -> (B, S, C), and the probabilities (B, H, S, S) or None."""
-        context, probabilities = self.self(hidden_states, attention_mask, head_mask, output_attentions)
+        """(B, Sq, C), or with the encoder's (B, Sk, C) -> (B, Sq, C), and the probabilities (B, H, Sq, Sk) or None."""
+        context, probabilities = self.self(
+            hidden_states, attention_mask, head_mask, output_attentions, encoder_hidden_states, past_key_values
+        )
         return self.output(context, hidden_states), probabilities
 
 
 class EncoderLayer(nn.Module):
-    """One layer: attention, then the feed-forward network, in chunks of tokens if the config says so."""
+    """One layer: attention, cross-attention if there is one, then the feed-forward network, in chunks of tokens if the
+    config says so.
+    """
 
-    def __init__(self, config: Config, self_attention: nn.Module) -> None:
+    def __init__(self, config: Config, self_attention: nn.Module, cross_attention: nn.Module | None = None) -> None:
         super().__init__()
         self.chunk_size_feed_forward = config.chunk_size_feed_forward
         self.attention = Attention(config, self_attention)
+        if cross_attention is not None:
+            self.crossattention = Attention(config, cross_attention)
         self.intermediate = Intermediate(config)
         self.output = ResidualOutput(config, feed_forward_linear(config, config.intermediate_size, config.hidden_size))
 
@@ -151,26 +177,37 @@ class EncoderLayer(nn.Module):
         attention_mask: Tensor | None = None,
         head_mask: Tensor | None = None,
         output_attentions: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """(B, S, C) -> (B, S, C), and the probabilities (B, H, S, S) or None."""
-        attended, probabilities = self.attention(hidden_states, attention_mask, head_mask, output_attentions)
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(B, S, C) -> (B, S, C), and the probabilities (B, H, Sq, Sk) of attention and cross-attention, or None."""
+        attended, probabilities = self.attention(
+            hidden_states, attention_mask, head_mask, output_attentions, past_key_values=past_key_values
+        )
+        cross_probabilities = None
+        if encoder_hidden_states is not None:
+            attended, cross_probabilities = self.crossattention(
+                attended, encoder_attention_mask, head_mask, output_attentions, encoder_hidden_states, past_key_values
+            )
         size = self.chunk_size_feed_forward
         if size == 0:
-            return self.output(self.intermediate(attended), attended), probabilities
+            return self.output(self.intermediate(attended), attended), probabilities, cross_probabilities
         if attended.shape[1] % size:
             raise ValueError(
                 f"the sequence length must be divisible by chunk_size_feed_forward {size}, got {attended.shape[1]}"
             )
         chunks = [self.output(self.intermediate(chunk), chunk) for chunk in attended.split(size, dim=1)]
-        return torch.cat(chunks, dim=1), probabilities
+        return torch.cat(chunks, dim=1), probabilities, cross_probabilities
 
 
 class Encoder(nn.Module):
-    """The stack of layers."""
+    """The stack of layers. `gradient_checkpointing`: in training, compute every layer again in the backward pass."""
 
     def __init__(self, layers: list[EncoderLayer]) -> None:
         super().__init__()
         self.layer = nn.ModuleList(layers)
+        self.gradient_checkpointing = False
 
     def forward(
         self,
@@ -179,24 +216,44 @@ class Encoder(nn.Module):
         head_mask: Tensor | None = None,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
-    ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
-        """(B, S, C) -> the last hidden state, all hidden states (the input first) or None, all attentions or None.
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> BaseModelOutputWithCrossAttentions:
+        """(B, S, C) -> the last hidden state, and what is asked for of all hidden states (the input first) and of all
+        probabilities.
 
-        attention_mask is additive, broadcastable to (B, H, S, S); head_mask has one entry a layer.
+        attention_mask and encoder_attention_mask are additive, broadcastable to (B, H, Sq, Sk); head_mask has one entry
+        a layer.
         """
-        states, attentions = [hidden_states] if output_hidden_states else [], []
+        states = [hidden_states] if output_hidden_states else []
+        attentions, cross_attentions = [], []
         for index, layer in enumerate(self.layer):
-            layer_head_mask = None if head_mask is None else head_mask[index]
-            hidden_states, probabilities = layer(hidden_states, attention_mask, layer_head_mask, output_attentions)
+            arguments = (
+                hidden_states,
+                attention_mask,
+                None if head_mask is None else head_mask[index],
+                output_attentions,
+                encoder_hidden_states,
+                encoder_attention_mask,
+            )
+            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+                outputs = torch.utils.checkpoint.checkpoint(layer, *arguments, use_reentrant=False)
+            else:
+                outputs = layer(*arguments, past_key_values)
+            hidden_states, probabilities, cross_probabilities = outputs
             # What nobody asks for must not be kept alive until the last layer.
             if output_hidden_states:
                 states.append(hidden_states)
             if output_attentions:
                 attentions.append(probabilities)
-        return (
-            hidden_states,
-            tuple(states) if output_hidden_states else None,
-            tuple(attentions) if output_attentions else None,
+                cross_attentions.append(cross_probabilities)
+        crossed = output_attentions and encoder_hidden_states is not None
+        return BaseModelOutputWithCrossAttentions(
+            last_hidden_state=hidden_states,
+            hidden_states=tuple(states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+            cross_attentions=tuple(cross_attentions) if crossed else None,
         )
 
 

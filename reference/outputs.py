@@ -61,7 +61,7 @@ class BaseModelOutputWithCrossAttentions(ModelOutput):
 
 @dataclass(eq=False)
 class BaseModelOutputWithPoolingAndCrossAttentions(ModelOutput):
-    """As above, with pooler_output (B, C)."""
+    """As above, with pooler_output (B, C), and of a decoder the `Cache` past_key_values."""
 
     last_hidden_state: Tensor | None = None
     pooler_output: Tensor | None = None
@@ -74,6 +74,39 @@ class BaseModelOutputWithPoolingAndCrossAttentions(ModelOutput):
 @dataclass(eq=False)
 class MaskedLMOutput(ModelOutput):
     """loss (); logits (B, S, V)."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass(eq=False)
+class CausalLMOutputWithCrossAttentions(ModelOutput):
+    """loss (); logits (B, S, V); past_key_values: a `Cache`; cross_attentions: layers of (B, H, Sq, Sk)."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Any = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass(eq=False)
+class BertForPreTrainingOutput(ModelOutput):
+    """loss (); prediction_logits (B, S, V); seq_relationship_logits (B, 2)."""
+
+    loss: Tensor | None = None
+    prediction_logits: Tensor | None = None
+    seq_relationship_logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass(eq=False)
+class NextSentencePredictorOutput(ModelOutput):
+    """loss (); logits (B, 2)."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None

@@ -4,7 +4,7 @@ from .activations import ACTIVATIONS, get_activation
 from .grouped_linear import grouped_linear
 from .layer_norm import layer_norm
 from .linear_act import linear_act
-from .masked_attention import attention_probabilities, masked_attention
+from .masked_attention import attention_probabilities, masked_attention, relative_scores
 from .separable_conv import separable_conv
 from .span_dynamic_conv import span_dynamic_conv
 
@@ -16,6 +16,7 @@ __all__ = [
     "layer_norm",
     "linear_act",
     "masked_attention",
+    "relative_scores",
     "separable_conv",
     "span_dynamic_conv",
 ]

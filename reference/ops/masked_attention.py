@@ -52,17 +52,41 @@ def masked_attention(
     return torch.einsum("bhqk,bkhd->bqhd", probabilities, v)
 
 
-def attention_probabilities(q: Tensor, k: Tensor, *, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """softmax(q @ k.T * scale + mask): (B, Sq, H, D), (B, Sk, H, D) -> (B, H, Sq, Sk), dtype of `q`.
+def attention_probabilities(
+    q: Tensor, k: Tensor, *, mask: Tensor | None = None, bias: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """softmax((q @ k.T + bias) * scale + mask): (B, Sq, H, D), (B, Sk, H, D) -> (B, H, Sq, Sk), dtype of `q`.
 
-    Scores and softmax are computed in fp32, or in fp64 for fp64 inputs. The arguments are those of `masked_attention`.
+    Scores and softmax are computed in fp32, or in fp64 for fp64 inputs. bias: broadcastable to (B, H, Sq, Sk), as from
+    `relative_scores`. The other arguments are those of `masked_attention`.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     scores = torch.einsum("bqhd,bkhd->bhqk", q.to(dtype), k.to(dtype))
+    if bias is not None:
+        scores = scores + bias.to(dtype)
     scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
     if mask is not None:
         scores = scores + _additive(mask, dtype)
     return scores.softmax(dim=-1).to(q.dtype)
+
+
+def relative_scores(q: Tensor, k: Tensor, table: Tensor, *, with_keys: bool) -> Tensor:
+    """What relative positions add to the scores: q_i . t_(i - j), and k_j . t_(i - j) if `with_keys`.
+
+    q: (B, Sq, H, D); k: (B, Sk, H, D); table: (2 P - 1, D), row P - 1 + i - j for query i and key j. The last query is
+    at the last key, and Sk is at most P. Returns (B, H, Sq, Sk) in fp32, or in fp64 for fp64 inputs.
+
+    Source: Shaw et al., "Self-Attention with Relative Position Representations" (2018); Huang et al., "Improve
+    Transformer Models with Better Relative Position Embeddings" (2020), method 4 with `with_keys`.
+    """
+    Sq, Sk, P = q.shape[1], k.shape[1], (table.shape[0] + 1) // 2
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    distance = torch.arange(Sk - Sq, Sk, device=q.device)[:, None] - torch.arange(Sk, device=q.device)
+    rows = table[distance + P - 1].to(dtype)
+    scores = torch.einsum("bqhd,qkd->bhqk", q.to(dtype), rows)
+    if with_keys:
+        scores = scores + torch.einsum("bkhd,qkd->bhqk", k.to(dtype), rows)
+    return scores
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,7 @@
+"""Text generation."""
+
+from __future__ import annotations
+
+
+class Generation:
+    """Placeholder."""
