@@ -16,11 +16,12 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _BYTES_IN_A_MESSAGE = 40
 
 
-def find_folder(name_or_folder: str | os.PathLike[str], files: Sequence[str]) -> Path:
+def find_folder(name_or_folder: str | os.PathLike[str], files: Sequence[str | tuple[str, ...]]) -> Path:
     """The folder that a checkpoint's name stands for: itself if it exists, else what the hub has under that id.
 
     name_or_folder: a folder, or a hub id like "org/name"
-    files: patterns of the file names to download when it is a hub id
+    files: patterns of the file names to download when it is a hub id; of those in tuples, the first tuple's that the
+        hub has
 
     Raises FileNotFoundError, NotADirectoryError, ImportError (no huggingface_hub), OSError (download).
     """
@@ -35,7 +36,7 @@ def find_folder(name_or_folder: str | os.PathLike[str], files: Sequence[str]) ->
     return _download(name, files)
 
 
-def _download(name: str, files: Sequence[str]) -> Path:
+def _download(name: str, files: Sequence[str | tuple[str, ...]]) -> Path:
     try:
         hub = importlib.import_module("huggingface_hub")
     except ImportError as error:
@@ -43,10 +44,17 @@ def _download(name: str, files: Sequence[str]) -> Path:
             f"there is no folder {name!r}, and downloading it as a hub id needs huggingface_hub: "
             "pip install huggingface_hub, or download the folder yourself and give its path"
         ) from error
-    try:
-        return Path(hub.snapshot_download(name, allow_patterns=list(files)))
-    except Exception as error:  # the hub's own errors, those of its HTTP client, a full disk: one message for all
-        raise OSError(f"there is no folder {name!r}, and it could not be downloaded from the hub: {error}") from error
+    always = [pattern for pattern in files if isinstance(pattern, str)]
+    for choice in [pattern for pattern in files if isinstance(pattern, tuple)] or [()]:
+        try:
+            folder = Path(hub.snapshot_download(name, allow_patterns=[*always, *choice]))
+        except Exception as error:  # the hub's own errors, those of its HTTP client, a full disk: one message for all
+            raise OSError(
+                f"there is no folder {name!r}, and it could not be downloaded from the hub: {error}"
+            ) from error
+        if any(next(folder.glob(pattern), None) for pattern in choice):
+            break
+    return folder
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -77,13 +85,22 @@ def what_is_there(folder: Path) -> str:
 
 
 @contextmanager
-def replacing(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield an empty folder to write files into; they replace those of `folder` only once all are written."""
+def replacing(folder: str | os.PathLike[str], stale: re.Pattern[str] | None = None) -> Iterator[Path]:
+    """Yield an empty folder to write files into; they replace those of `folder` only once all are written.
+
+    stale: names of files that are removed from `folder` then, unless they were written
+    """
     target = Path(folder)
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"expected a folder to save into, got the file {str(target)!r}")
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as temporary:
         yield Path(temporary)
-        for file in sorted(Path(temporary).iterdir()):
+        written = sorted(Path(temporary).iterdir())
+        for file in written:
             os.replace(file, target / file.name)
+        if stale is not None:
+            names = {file.name for file in written}
+            for file in target.iterdir():
+                if stale.fullmatch(file.name) and file.name not in names:
+                    file.unlink()

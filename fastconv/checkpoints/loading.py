@@ -1,4 +1,4 @@
-"""Checkpoints: the parameters of a model from and to a folder with config.json and safetensors.
+"""Checkpoints: the parameters of a model from a folder with config.json and weights of any format.
 
 `load_folder` takes names with or without the prefix of the family, and copies each tensor straight from its file into
 its parameter. Every name that the model or the checkpoint lacks is told.
@@ -6,7 +6,6 @@ its parameter. Every name that the model or the checkpoint lacks is told.
 
 from __future__ import annotations
 
-import os
 import re
 import warnings
 from collections.abc import Iterable
@@ -18,10 +17,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from fastconv.folders import replacing, write_json
-from fastconv.stored_tensors import INDEX, WEIGHTS, StoredTensor, find_tensors, listed, open_safetensors
-
-FILES = ("config.json", WEIGHTS, INDEX, "model-*.safetensors")
+from fastconv.checkpoints.stored_tensors import StoredTensor, listed
+from fastconv.checkpoints.weight_files import open_tensors
 
 # What stands beside the encoder in the published checkpoints. A model may lack it, and a checkpoint too.
 _HEADS = {
@@ -36,8 +33,9 @@ _HEADS = {
 }
 # Buffers of older versions, which hold 0, 1, 2, ... and zeros.
 _BUFFERS = re.compile(r"(^|\.)embeddings\.(position_ids|token_type_ids)$")
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _FLOATS.values()}
+# An encoder's checkpoint has none of them; a decoder that starts from it draws them.
+_CROSS_ATTENTION = ".crossattention."
+_DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _RANDOM = {"normal_", "uniform_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "trunc_normal_"}
 
 
@@ -46,7 +44,7 @@ class Match:
     """Which tensor of a checkpoint goes into which parameter, and what is left over on both sides.
 
     stored_name: name of a parameter (tied ones: the first name) -> name in the checkpoint
-    missing: parameters of the head that the checkpoint lacks
+    missing: parameters of the head, or of cross-attention, that the checkpoint lacks
     unused: tensors of heads that the model lacks
     """
 
@@ -80,7 +78,7 @@ def match_names(model: nn.Module, stored: dict[str, StoredTensor], source: str) 
                 "expected tie_word_embeddings false in config.json"
             )
     absent = [name for name in first_name.values() if name not in stored_name and not _BUFFERS.search(name)]
-    in_encoder = [name for name in absent if not _is_head(name, prefix)]
+    in_encoder = [name for name in absent if not _is_head(name, prefix) and _CROSS_ATTENTION not in name]
     if in_encoder:
         raise ValueError(
             f"{source} lacks parameters of the encoder of {type(model).__name__}: {listed(in_encoder)}; "
@@ -124,9 +122,7 @@ def _is_head(name: str, prefix: str) -> bool:
 
 
 def _same(name: str, other: str, stored: dict[str, StoredTensor]) -> bool:
-    with open_safetensors(stored[name].file) as one, open_safetensors(stored[other].file) as two:
-        a, b = one.get_tensor(name), two.get_tensor(other)
-        return a.shape == b.shape and bool((a == b).all())
+    return stored[name].shape == stored[other].shape and bool((stored[name].read() == stored[other].read()).all())
 
 
 def _check_kinds(pairs: dict[str, tuple[torch.Tensor, StoredTensor]], source: str) -> None:
@@ -137,9 +133,9 @@ def _check_kinds(pairs: dict[str, tuple[torch.Tensor, StoredTensor]], source: st
     ]
     if wrong:
         raise ValueError(f"{source} has shapes that are not those of its config: {listed(wrong)}")
-    wrong = [f"{name} ({there.dtype})" for name, (_, there) in pairs.items() if there.dtype not in _FLOATS]
+    wrong = [f"{name} ({there.dtype})" for name, (_, there) in pairs.items() if there.dtype not in _DTYPES]
     if wrong:
-        raise ValueError(f"{source} must hold {', '.join(_FLOATS)} tensors, got {listed(wrong)}")
+        raise ValueError(f"{source} must hold {', '.join(_DTYPES)} tensors, got {listed(wrong)}")
 
 
 class _NoRandomInit(TorchFunctionMode):
@@ -162,23 +158,20 @@ def load_folder(
 
     dtype: of the parameters; None: the config's dtype, else float32; "auto": that of the stored tensors
 
-    Warns of head parameters that the checkpoint lacks, which stay random, and of heads in it that the model lacks.
-    Raises FileNotFoundError and ValueError, see `find_tensors` and `match_names`.
+    Warns of parameters of the head, or of cross-attention, that the checkpoint lacks, which stay random, and of heads
+    in it that the model lacks. Raises what `open_tensors` and `match_names` do.
     """
-    stored = find_tensors(folder)
-    with torch.device(device or "cpu"), _NoRandomInit():
-        model = model_class(config)
-    match = match_names(model, stored, repr(str(folder)))
-    if match.missing:
-        model.init_weights()
-    model.to(dtype=choose_dtype(dtype, config, stored.values()))
-    targets = model.state_dict(keep_vars=True)
-    with torch.no_grad():
-        for file in sorted({stored[name].file for name in match.stored_name.values()}):
-            with open_safetensors(file) as opened:
-                for target, name in match.stored_name.items():
-                    if stored[name].file == file:
-                        targets[target].copy_(opened.get_tensor(name))
+    with open_tensors(folder) as stored:
+        with torch.device(device or "cpu"), _NoRandomInit():
+            model = model_class(config)
+        match = match_names(model, stored, repr(str(folder)))
+        if match.missing:
+            model.init_weights()
+        model.to(dtype=choose_dtype(dtype, config, stored.values()))
+        targets = model.state_dict(keep_vars=True)
+        with torch.no_grad():
+            for target, name in match.stored_name.items():
+                targets[target].copy_(stored[name].read())
     _warn(model, folder, match)
     return model.eval()
 
@@ -200,33 +193,9 @@ def choose_dtype(dtype: torch.dtype | str | None, config: Any, stored: Iterable[
         asked = config.extra.get("dtype") or config.extra.get("torch_dtype") or torch.float32
     elif asked == "auto":
         present = {tensor.dtype for tensor in stored}
-        asked = next((kind for name, kind in _FLOATS.items() if name in present), torch.float32)
+        asked = next((kind for name, kind in _DTYPES.items() if name in present), torch.float32)
     found = _DTYPES.get(str(asked).removeprefix("torch."))
     if found is None:
         given = f"dtype={dtype!r}" if dtype is not None else f"{asked!r} in config.json"
         raise ValueError(f"the dtype must be one of {', '.join(_DTYPES)}, got {given}")
     return found
-
-
-def save_folder(model: Any, folder: str | os.PathLike[str]) -> None:
-    """Write config.json and model.safetensors; what was there is replaced only once both are written.
-
-    Raises ValueError for a parameter without data, NotADirectoryError, OSError.
-    """
-    from safetensors.torch import save_file
-
-    tensors: dict[str, torch.Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if tensor.is_meta:
-            raise ValueError(f"{name} is on the meta device, expected data to save; load or initialise it first")
-        if id(tensor) not in seen:  # of tied parameters, the first
-            seen.add(id(tensor))
-            tensors[name] = tensor.detach().cpu().contiguous()
-    config = model.config.to_dict()
-    config.pop("torch_dtype", None)  # the older name of dtype
-    config["dtype"] = str(model.dtype).removeprefix("torch.")
-    config["architectures"] = [type(model).__name__]
-    with replacing(folder) as temporary:
-        write_json(temporary / "config.json", config)
-        save_file(tensors, str(temporary / WEIGHTS), metadata={"format": "pt"})
