@@ -65,27 +65,31 @@ class FastModel:
     ) -> Self:
         """The model in a checkpoint folder, in eval mode.
 
-        name_or_folder: a folder with config.json and safetensors, or a hub id like "org/name", which needs
-            huggingface_hub; the weights may be those of the encoder alone, or have other heads
+        name_or_folder: a folder with config.json and weights (the first there is of safetensors, pytorch_model.bin,
+            each in one file or in shards, and ConvBERT's tf_model.h5, which needs h5py), or a hub id like "org/name",
+            which needs huggingface_hub; the weights may be those of the encoder alone, or have other heads
         config: in the place of config.json
         dtype: of the parameters; None: the config's dtype, else float32; "auto": that of the stored weights
         device: where the parameters go; None: the CPU
 
-        Warns once, by name, of head parameters that are not stored, which are random, and of stored heads that this
-        model lacks. Raises FileNotFoundError; ValueError naming the file, what it holds and what was expected;
-        ImportError or OSError for a hub id.
+        Warns once, by name, of parameters of a head or of cross-attention that are not stored, which are random, and of
+        stored heads that this model lacks. Raises FileNotFoundError; ValueError naming the file, what it holds and what
+        was expected; ImportError for h5py or a hub id; OSError for a hub id.
         """
         folder = find_folder(name_or_folder, checkpoints.FILES)
         if config is None:
             config = cls.config_class._from_file(folder / "config.json")
         return checkpoints.load_folder(cls, folder, config, dtype, device)
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write config.json and model.safetensors, which transformers reads too.
+    def save_pretrained(self, folder: str | os.PathLike[str], max_shard_size: int | str = "5GB") -> None:
+        """Write config.json and model.safetensors, or shards and their index, which transformers reads too.
 
-        What is in the folder is replaced only once both are written. Raises NotADirectoryError, ValueError, OSError.
+        max_shard_size: the most bytes in a file, an int or such as "200MB"
+
+        What is in the folder is replaced only once all is written, and the safetensors of an older save are removed.
+        Raises NotADirectoryError, ValueError, TypeError, OSError.
         """
-        checkpoints.save_folder(self, folder)
+        checkpoints.save_folder(self, folder, max_shard_size)
 
 
 class BertConfig(ConfigFiles, reference.BertConfig):
@@ -94,6 +98,10 @@ class BertConfig(ConfigFiles, reference.BertConfig):
 
 class ConvBertConfig(ConfigFiles, reference.ConvBertConfig):
     """The configuration of ConvBERT; the arguments are those of transformers' ConvBertConfig."""
+
+
+class RoCBertConfig(ConfigFiles, reference.RoCBertConfig):
+    """The configuration of RoCBert; the arguments are those of transformers' RoCBertConfig."""
 
 
 class BertModel(FastModel, reference.BertModel):
@@ -106,8 +114,26 @@ class BertModel(FastModel, reference.BertModel):
         accelerate(self)
 
 
+class BertForPreTraining(FastModel, reference.BertForPreTraining):
+    """BERT with the heads of its pre-training: masked language modelling and next sentence prediction."""
+
+    config_class = BertConfig
+
+
+class BertLMHeadModel(FastModel, reference.BertLMHeadModel):
+    """BERT with a language modelling head: a decoder, if the config says so."""
+
+    config_class = BertConfig
+
+
 class BertForMaskedLM(FastModel, reference.BertForMaskedLM):
     """BERT with a masked language modelling head."""
+
+    config_class = BertConfig
+
+
+class BertForNextSentencePrediction(FastModel, reference.BertForNextSentencePrediction):
+    """BERT with a classifier of sentence pairs: whether the second follows the first."""
 
     config_class = BertConfig
 
@@ -170,3 +196,55 @@ class ConvBertForMultipleChoice(FastModel, reference.ConvBertForMultipleChoice):
     """ConvBERT with a score for each of several choices."""
 
     config_class = ConvBertConfig
+
+
+class RoCBertModel(FastModel, reference.RoCBertModel):
+    """RoCBert's encoder, with a pooler unless `add_pooling_layer` is False."""
+
+    config_class = RoCBertConfig
+
+    def __init__(self, config: RoCBertConfig, add_pooling_layer: bool = True) -> None:
+        reference.RoCBertModel.__init__(self, config, add_pooling_layer)
+        accelerate(self)
+
+
+class RoCBertForPreTraining(FastModel, reference.RoCBertForPreTraining):
+    """RoCBert as it is pre-trained: masked language modelling and a contrastive loss."""
+
+    config_class = RoCBertConfig
+
+
+class RoCBertForCausalLM(FastModel, reference.RoCBertForCausalLM):
+    """RoCBert with a language modelling head: a decoder, if the config says so."""
+
+    config_class = RoCBertConfig
+
+
+class RoCBertForMaskedLM(FastModel, reference.RoCBertForMaskedLM):
+    """RoCBert with a masked language modelling head."""
+
+    config_class = RoCBertConfig
+
+
+class RoCBertForSequenceClassification(FastModel, reference.RoCBertForSequenceClassification):
+    """RoCBert with a classifier, or a regressor, of sequences."""
+
+    config_class = RoCBertConfig
+
+
+class RoCBertForMultipleChoice(FastModel, reference.RoCBertForMultipleChoice):
+    """RoCBert with a score for each of several choices."""
+
+    config_class = RoCBertConfig
+
+
+class RoCBertForTokenClassification(FastModel, reference.RoCBertForTokenClassification):
+    """RoCBert with a classifier of tokens."""
+
+    config_class = RoCBertConfig
+
+
+class RoCBertForQuestionAnswering(FastModel, reference.RoCBertForQuestionAnswering):
+    """RoCBert with the start and end scores of an answer."""
+
+    config_class = RoCBertConfig

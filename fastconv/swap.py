@@ -29,6 +29,7 @@ M = TypeVar("M", bound=nn.Module)
 
 _BERT = "transformers.models.bert.modeling_bert"
 _CONVBERT = "transformers.models.convbert.modeling_convbert"
+_ROC_BERT = "transformers.models.roc_bert.modeling_roc_bert"
 
 # The one table: which class gets which forward. Classes are named, not imported: a module of a class that was never
 # imported can't exist. Subclasses are left alone, since their forward may be another.
@@ -52,6 +53,11 @@ _FORWARDS: dict[str, type] = {
     f"{_CONVBERT}.ConvBertPredictionHeadTransform": PredictionTransform,
     f"{_CONVBERT}.ConvBertSelfOutput": ResidualOutput,
     f"{_CONVBERT}.ConvBertOutput": ResidualOutput,
+    f"{_ROC_BERT}.RoCBertSelfAttention": SelfAttention,
+    f"{_ROC_BERT}.RoCBertIntermediate": Intermediate,
+    f"{_ROC_BERT}.RoCBertPredictionHeadTransform": PredictionTransform,
+    f"{_ROC_BERT}.RoCBertSelfOutput": ResidualOutput,
+    f"{_ROC_BERT}.RoCBertOutput": ResidualOutput,
 }
 
 
@@ -96,10 +102,10 @@ def _name(cls: type) -> str:
 def accelerate(model: M, *, backend: str = "auto") -> M:
     """Put the fused forwards under a model, or any part of one, in place; returns the model.
 
-    model: a module with BERT or ConvBERT layers of this library or of transformers (4.57, 5.x). Before or after
-        `.to()`, in train or eval mode. Modules that the table doesn't know, adapters among them, stay as they are
-        and are called as before. Calls that ask for more than the fused forwards do (attention probabilities, head
-        masks, a cache, cross-attention) run the original forward
+    model: a module with BERT, RoCBert or ConvBERT layers of this library or of transformers (4.57, 5.x). Before or
+        after `.to()`, in train or eval mode. Modules that the table doesn't know, adapters among them, stay as they
+        are and are called as before. Calls that ask for more than the fused forwards do (attention probabilities,
+        head masks, a cache, cross-attention) run the original forward
     backend: "auto", "triton" or "native", for this model's ops; see `fastconv.backend`
 
     Parameters stay the same objects and state_dict the same; for inference the weights of the query, key and value
@@ -132,8 +138,9 @@ def accelerate(model: M, *, backend: str = "auto") -> M:
             left[original.__name__] += 1
     if not replaced:
         raise RuntimeError(
-            f"accelerate found nothing to replace in {type(model).__name__}: expected layers of BERT or ConvBERT (of "
-            f"fastconv or of transformers) or torch.nn.LayerNorm, got parameters in {_count(left) or 'no module'}"
+            f"accelerate found nothing to replace in {type(model).__name__}: expected layers of BERT, RoCBert or "
+            "ConvBERT (of fastconv or of transformers) or torch.nn.LayerNorm, got parameters in "
+            f"{_count(left) or 'no module'}"
         )
     logger.info("%s: replaced %s; left %s", type(model).__name__, _count(replaced), _count(left) or "nothing")
     return model

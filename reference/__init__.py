@@ -38,6 +38,17 @@ from .outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
+from .roc_bert import (
+    RoCBertForCausalLM,
+    RoCBertForMaskedLM,
+    RoCBertForMultipleChoice,
+    RoCBertForPreTraining,
+    RoCBertForQuestionAnswering,
+    RoCBertForSequenceClassification,
+    RoCBertForTokenClassification,
+    RoCBertModel,
+    RoCBertPreTrainedModel,
+)
 
 __all__ = [
     "BaseModelOutputWithCrossAttentions",
@@ -72,6 +83,15 @@ __all__ = [
     "NextSentencePredictorOutput",
     "QuestionAnsweringModelOutput",
     "RoCBertConfig",
+    "RoCBertForCausalLM",
+    "RoCBertForMaskedLM",
+    "RoCBertForMultipleChoice",
+    "RoCBertForPreTraining",
+    "RoCBertForQuestionAnswering",
+    "RoCBertForSequenceClassification",
+    "RoCBertForTokenClassification",
+    "RoCBertModel",
+    "RoCBertPreTrainedModel",
     "SequenceClassifierOutput",
     "TokenClassifierOutput",
     "ops",

@@ -342,7 +342,7 @@ class BertForPreTraining(Vocabulary, BertPreTrainedModel):
         return maybe_tuple(output, choose(return_dict, self.config.return_dict))
 
 
-class BertLMHeadModel(Generation, heads.CausalLM, Vocabulary, BertPreTrainedModel):
+class BertLMHeadModel(Generation, Vocabulary, heads.CausalLM, BertPreTrainedModel):
     """BERT with a language modelling head, a decoder if the config says is_decoder; without it every token attends to
     every other, and text can't be generated.
     """

@@ -50,10 +50,9 @@ class Cache:
                         f"past_key_values must have shape (B, S, H, D) = {(B, length, heads, head_size)} for this "
                         f"batch and model, got {tuple(key.shape)} in layer {index} of its {name}"
                     )
-        if self.self_attention and encoder_length is not None:
-            cached = self.cross_attention[0][0].shape[1] if self.cross_attention else None
-            if cached != encoder_length:
-                raise ValueError(
-                    f"past_key_values was filled with encoder_hidden_states of length {cached}, but now their length "
-                    f"is {encoder_length}; start with an empty Cache"
-                )
+        cached = self.cross_attention[0][0].shape[1] if self.cross_attention else None
+        if self.self_attention and cached != encoder_length:
+            raise ValueError(
+                f"past_key_values was filled with encoder_hidden_states of length {cached}, but now their length is "
+                f"{encoder_length}; give the same ones in every call, or start with an empty Cache"
+            )

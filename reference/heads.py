@@ -190,7 +190,7 @@ class MultipleChoice(HeadModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds, got neither")
         batch, choices = given.shape[:2]
         flat = {
-            name: flatten_choices(name, value, 4 if name == "inputs_embeds" else 3)
+            name: flatten_choices(name, value, batch, choices, 4 if name == "inputs_embeds" else 3)
             if isinstance(value, Tensor) and name != "head_mask"
             else value
             for name, value in inputs.items()
@@ -294,10 +294,14 @@ def check_labels(labels: Tensor, shape: tuple[int, ...], name: str = "labels") -
         raise ValueError(f"{name} must have shape {shape}, got {tuple(labels.shape)}")
 
 
-def flatten_choices(name: str, tensor: Tensor | None, dim: int) -> Tensor | None:
-    """(B, N, ...) -> (B*N, ...)."""
-    if tensor is None:
-        return None
+def flatten_choices(name: str, tensor: Tensor, batch: int, choices: int, dim: int) -> Tensor:
+    """(B, N, ...) -> (B*N, ...).
+
+    Raises:
+        ValueError: another number of dimensions, or another B or N.
+    """
     if tensor.dim() != dim:
         raise ValueError(f"{name} must have {dim} dimensions, (B, choices, S, ...), got {tuple(tensor.shape)}")
+    if tensor.shape[:2] != (batch, choices):
+        raise ValueError(f"{name} must begin with (B, choices) = {(batch, choices)}, got {tuple(tensor.shape)}")
     return tensor.flatten(0, 1)

@@ -61,12 +61,15 @@ class BaseModelOutputWithCrossAttentions(ModelOutput):
 
 @dataclass(eq=False)
 class BaseModelOutputWithPoolingAndCrossAttentions(ModelOutput):
-    """As above, with pooler_output (B, C), and of a decoder the `Cache` past_key_values."""
+    """As above, with pooler_output (B, C), and of a decoder the `Cache` past_key_values.
+
+    The order is that of the tuples that transformers returns.
+    """
 
     last_hidden_state: Tensor | None = None
     pooler_output: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
     past_key_values: Any = None
+    hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     cross_attentions: tuple[Tensor, ...] | None = None
 

@@ -15,7 +15,7 @@ import fastconv
 from fastconv import reference
 
 SOURCES = ("reference", "transformers")
-FAMILIES = ("Bert", "ConvBert")
+FAMILIES = ("Bert", "RoCBert", "ConvBert")
 MODELS = [(source, family) for source in SOURCES for family in FAMILIES]
 BATCH, LENGTH, VOCABULARY = 3, 9, 41
 
@@ -29,7 +29,16 @@ ARGUMENTS = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
-CONVBERT_ARGUMENTS = {"embedding_size": 12, "head_ratio": 2, "conv_kernel_size": 5, "num_groups": 2}
+FAMILY_ARGUMENTS = {
+    "Bert": {},
+    "RoCBert": {
+        "shape_vocab_size": VOCABULARY,
+        "shape_embed_dim": 6,
+        "pronunciation_vocab_size": VOCABULARY,
+        "pronunciation_embed_dim": 10,
+    },
+    "ConvBert": {"embedding_size": 12, "head_ratio": 2, "conv_kernel_size": 5, "num_groups": 2},
+}
 
 Tensors = dict[str, torch.Tensor]
 
@@ -50,7 +59,7 @@ def build(source: str, name: str, **arguments) -> torch.nn.Module:
     """A model by class name, small unless `arguments` say otherwise, in eval mode."""
     family = name.split("For")[0].removesuffix("Model").removesuffix("LMHead")
     classes = library(source)
-    arguments = ARGUMENTS | (CONVBERT_ARGUMENTS if family == "ConvBert" else {}) | arguments
+    arguments = ARGUMENTS | FAMILY_ARGUMENTS[family] | arguments
     if source == "transformers":
         arguments = {"attn_implementation": "eager"} | arguments
     model = getattr(classes, name)(getattr(classes, family + "Config")(**arguments)).eval()
@@ -166,17 +175,16 @@ def layer_of(model: torch.nn.Module, layer: int = 0) -> torch.nn.Module:
 
 def fused_classes(source: str, family: str) -> list[type]:
     """The classes whose forwards an accelerated model has no use for."""
-    layers, models = (
-        (reference.layers, importlib.import_module(f"fastconv.reference.{family.lower()}"))
-        if source == "reference"
-        else (importlib.import_module(f"transformers.models.{family.lower()}.modeling_{family.lower()}"),) * 2
-    )
+    grouped = family == "ConvBert"
     if source == "reference":
-        names = ["Intermediate", "ResidualOutput", "PredictionTransform"] + ["GroupedLinear"] * (family == "ConvBert")
-    else:
-        names = [family + part for part in ("Intermediate", "Output", "SelfOutput", "PredictionHeadTransform")]
-        names += ["GroupedLinearLayer"] * (family == "ConvBert")
-    return [torch.nn.LayerNorm, getattr(models, family + "SelfAttention"), *(getattr(layers, n) for n in names)]
+        attention = reference.convbert.ConvBertSelfAttention if grouped else reference.bert.BertSelfAttention
+        names = ["Intermediate", "ResidualOutput", "PredictionTransform"] + ["GroupedLinear"] * grouped
+        return [torch.nn.LayerNorm, attention, *(getattr(reference.layers, name) for name in names)]
+    folder = "roc_bert" if family == "RoCBert" else family.lower()
+    module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+    parts = ("SelfAttention", "Intermediate", "Output", "SelfOutput", "PredictionHeadTransform")
+    names = [family + part for part in parts] + ["GroupedLinearLayer"] * grouped
+    return [torch.nn.LayerNorm, *(getattr(module, name) for name in names)]
 
 
 @contextlib.contextmanager

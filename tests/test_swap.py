@@ -104,8 +104,13 @@ def test_random_configs(source, family, head, seed):
             "conv_kernel_size": rng.choice((1, 3, 5, 9)),
             "num_groups": rng.choice((1, 2, 4)),
         }
-    original, fast = both(build(source, family + head, **arguments))
     inputs = make_inputs(rng.choice(("right", "left", "none", None)), seed)
+    if family == "RoCBert":
+        arguments["concat_input"] = rng.random() < 0.5
+        if not arguments["concat_input"]:
+            arguments |= dict.fromkeys(("shape_embed_dim", "pronunciation_embed_dim"), arguments["hidden_size"])
+        inputs |= {f"input_{stream}_ids": inputs["input_ids"].roll(1, 0) for stream in ("shape", "pronunciation")}
+    original, fast = both(build(source, family + head, **arguments))
     inputs |= labels_for(head, inputs)
     assert_same(original, fast, inputs, output_hidden_states=True)
 

@@ -68,11 +68,14 @@ def test_masks_of_queries_and_keys(source, family, kind):
 
 
 @pytest.mark.parametrize("mask", [None, "right", "left", "empty row"])
-def test_masks_with_sdpa(mask):
+@pytest.mark.parametrize("family", ["Bert", "RoCBert"])
+def test_masks_with_sdpa(family, mask):
     library("transformers")
-    original, fast = pair("transformers", "Bert", attn_implementation="sdpa")
+    if family == "RoCBert" and is_4():
+        pytest.skip("transformers 4.57 has no sdpa for RoCBert")
+    original, fast = pair("transformers", family, attn_implementation="sdpa")
     inputs = make_inputs(mask)
-    with forbidden(fused_classes("transformers", "Bert")):
+    with forbidden(fused_classes("transformers", family)):
         infer(fast, inputs)
     assert_same_inference(original, fast, inputs)
     if mask == "empty row" and is_4():
@@ -195,7 +198,7 @@ def test_embeddings_and_positions(source, family):
 
 
 INNER = {
-    "Bert": ("query", "value", "dropout"),
+    **dict.fromkeys(("Bert", "RoCBert"), ("query", "value", "dropout")),
     "ConvBert": (
         "query",
         "conv_out_layer",
@@ -233,7 +236,7 @@ PLACES = [
 
 def not_called(source, family, place):
     """Whether the original has the module but uses only what it says."""
-    return source == "transformers" and not is_4() and (family, place) == ("Bert", "attention.self.dropout")
+    return source == "transformers" and not is_4() and family != "ConvBert" and place == "attention.self.dropout"
 
 
 def changed(output):
@@ -420,19 +423,16 @@ def test_a_namesake_of_an_activation_is_called():
 # What transformers' models do beside encoding
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_decoder(implementation):
+@pytest.mark.parametrize("name", ["BertLMHeadModel", "RoCBertForCausalLM"])
+@pytest.mark.parametrize("implementation", [None, "eager", "sdpa"])
+def test_decoder(name, implementation):
     """Causal, with cross-attention, with a cache and token by token: the original forward, with its results."""
-    library("transformers")
-    original, fast = both(
-        build(
-            "transformers",
-            "BertLMHeadModel",
-            is_decoder=True,
-            add_cross_attention=True,
-            attn_implementation=implementation,
-        )
-    )
+    source = "transformers" if implementation else "reference"
+    library(source)
+    if name.startswith("RoC") and implementation == "sdpa" and is_4():
+        pytest.skip("transformers 4.57 has no sdpa for RoCBert")
+    chosen = {"attn_implementation": implementation} if implementation else {}
+    original, fast = both(build(source, name, is_decoder=True, add_cross_attention=True, **chosen))
     inputs = make_inputs(None)
     encoded = {
         "encoder_hidden_states": torch.randn(3, 4, 16),
@@ -458,10 +458,11 @@ def test_decoder(implementation):
 
 
 @pytest.mark.parametrize("kind", ["relative_key", "relative_key_query"])
-def test_relative_positions(kind):
-    if not is_4():
-        pytest.skip("transformers 5.x has no relative positions in BERT")
-    original, fast = pair("transformers", "Bert", position_embedding_type=kind)
+@pytest.mark.parametrize(("source", "family"), [model for model in MODELS if model[1] != "ConvBert"])
+def test_relative_positions(source, family, kind):
+    if source == "transformers" and not is_4():
+        pytest.skip("transformers 5.x has no relative positions")
+    original, fast = pair(source, family, position_embedding_type=kind)
     assert_same(original, fast)
 
 

@@ -56,7 +56,7 @@ def test_a_folder_goes_before_a_shape_of_the_same_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("architectures", "expected"),
     [(["BertForMaskedLM"], "BertForMaskedLM"), (["BertModel"], "BertModel"), (None, "BertModel"),
-     (["BertForPreTraining"], "BertModel"), (["ConvBertForMaskedLM"], "BertModel")],
+     (["BertForSummaries"], "BertModel"), (["ConvBertForMaskedLM"], "BertModel")],
 )  # fmt: skip
 def test_config_chooses_the_class(tmp_path, architectures, expected):
     save(tmp_path, "BertForMaskedLM")

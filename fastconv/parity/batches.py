@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-
-from fastconv.tokenization import BertTokenizer
 
 # How many sentences are tokenized at a time when they are joined.
 _CHUNK = 256
@@ -32,9 +31,7 @@ class Batch:
         return self.inputs["input_ids"].numel()
 
 
-def from_sentences(
-    sentences: Sequence[str], tokenizer: BertTokenizer, *, batch: int, count: int, max_length: int
-) -> list[Batch]:
+def from_sentences(sentences: Sequence[str], tokenizer: Any, *, batch: int, count: int, max_length: int) -> list[Batch]:
     """`count` batches of `batch` sentences, taken evenly from all, repeated where there are fewer, padded on the right.
 
     max_length: what longer sentences are cut to
@@ -57,36 +54,31 @@ def from_sentences(
     ]
 
 
-def of_length(
-    sentences: Sequence[str], tokenizer: BertTokenizer, *, batch: int, count: int, length: int
-) -> list[Batch]:
+def of_length(sentences: Sequence[str], tokenizer: Any, *, batch: int, count: int, length: int) -> list[Batch]:
     """`count` batches of `batch` sequences of exactly `length` tokens: [CLS], the text going on, [SEP]; no padding.
 
     Raises: ValueError if the text has no tokens.
     """
     wanted = batch * count * (length - 2)
-    ids: list[int] = []
+    around = tokenizer([""])  # RoCBert's tokenizer makes three rows of ids of a text
+    streams: dict[str, list[int]] = {name: [] for name in around if name.endswith("_ids") and name != "token_type_ids"}
     for start in range(0, len(sentences), _CHUNK):
-        rows = tokenizer(list(sentences[start : start + _CHUNK]), add_special_tokens=False)["input_ids"]
-        ids += [token for row in rows for token in row]
-        if len(ids) >= wanted:
+        rows = tokenizer(list(sentences[start : start + _CHUNK]), add_special_tokens=False)
+        for name, ids in streams.items():
+            ids += [number for row in rows[name] for number in row]
+        if len(streams["input_ids"]) >= wanted:
             break
-    if not ids:
+    if not streams["input_ids"]:
         raise ValueError("the text has no tokens; give one with words")
-    ids = (ids * (wanted // len(ids) + 1))[:wanted]
-    inside = torch.tensor(ids).view(count, batch, length - 2)
-    batches = []
-    for rows in inside:
-        input_ids = torch.full((batch, length), tokenizer.sep_token_id)
-        input_ids[:, 0] = tokenizer.cls_token_id
-        input_ids[:, 1:-1] = rows
-        inputs = {
-            "input_ids": input_ids,
-            "token_type_ids": torch.zeros_like(input_ids),
-            "attention_mask": torch.ones_like(input_ids),
-        }
-        batches.append(_batch(inputs))
-    return batches
+    columns = {}
+    for name, ids in streams.items():
+        ids = (ids * (wanted // len(ids) + 1))[:wanted]
+        columns[name] = torch.empty(count, batch, length, dtype=torch.int64)
+        columns[name][..., 0], columns[name][..., -1] = around[name][0]
+        columns[name][..., 1:-1] = torch.tensor(ids).view(count, batch, length - 2)
+    columns["token_type_ids"] = torch.zeros_like(columns["input_ids"])
+    columns["attention_mask"] = torch.ones_like(columns["input_ids"])
+    return [_batch({name: column[index] for name, column in columns.items()}) for index in range(count)]
 
 
 def _batch(inputs: dict[str, Tensor]) -> Batch:

@@ -20,8 +20,15 @@ TRANSFORMERS = "transformers"
 ACCELERATED = "transformers + accelerate"
 FASTCONV = "fastconv"
 
-_OUTPUTS = ("last_hidden_state", "logits", "start_logits", "end_logits")
-_FEW_LOGITS = ("ForSequenceClassification", "ForMultipleChoice")
+_OUTPUTS = (
+    "last_hidden_state",
+    "logits",
+    "start_logits",
+    "end_logits",
+    "prediction_logits",
+    "seq_relationship_logits",
+)
+_FEW_LOGITS = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction")
 
 Weights = Mapping[str, Tensor]
 

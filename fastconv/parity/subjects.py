@@ -15,9 +15,15 @@ from fastconv import checkpoints, models, reference, tokenizer_files
 from fastconv.folders import find_folder, read_json
 from fastconv.parity import shapes
 from fastconv.parity.paths import Weights
-from fastconv.tokenization import BertTokenizer
+from fastconv.tokenization import BertTokenizer, ConvBertTokenizer
+from fastconv.tokenization_roc_bert import RoCBertTokenizer
 
-_FAMILIES = {"bert": "Bert", "convbert": "ConvBert"}
+_FAMILIES = {
+    "bert": ("Bert", BertTokenizer),
+    "convbert": ("ConvBert", ConvBertTokenizer),
+    "roc_bert": ("RoCBert", RoCBertTokenizer),
+}
+_OVER_VOCABULARY = ("ForMaskedLM", "ForPreTraining", "LMHeadModel", "ForCausalLM")
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class Subject:
     class_name: str
     config: reference.Config
     weights: Weights
-    tokenizer: BertTokenizer
+    tokenizer: Any
     source: str
     notes: tuple[str, ...]
 
@@ -56,7 +62,7 @@ class Subject:
 
     def numbers_per_token(self) -> int:
         """About how many numbers the main output has for a token."""
-        return self.config.vocab_size if self.class_name.endswith("ForMaskedLM") else self.config.hidden_size
+        return self.config.vocab_size if self.class_name.endswith(_OVER_VOCABULARY) else self.config.hidden_size
 
 
 def load(name: str | os.PathLike[str], sentences: Sequence[str]) -> Subject:
@@ -75,8 +81,8 @@ def load(name: str | os.PathLike[str], sentences: Sequence[str]) -> Subject:
         folder = find_folder(name, (*checkpoints.FILES, *tokenizer_files.FILES))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}, nor one of {', '.join(shapes.NAMES)}") from None
-    class_name, notes = _class_name(folder)
-    tokenizer = BertTokenizer.from_pretrained(folder)
+    class_name, tokenizer_class, notes = _classes(folder)
+    tokenizer = tokenizer_class.from_pretrained(folder)
     with warnings.catch_warnings(record=True) as caught, torch.random.fork_rng(devices=[]):
         warnings.simplefilter("always")
         torch.manual_seed(0)  # for the parameters of a head that the checkpoint lacks
@@ -85,30 +91,27 @@ def load(name: str | os.PathLike[str], sentences: Sequence[str]) -> Subject:
     return _subject(name, model, tokenizer, "checkpoint", notes)
 
 
-def _subject(
-    name: str | os.PathLike[str], model: Any, tokenizer: BertTokenizer, source: str, notes: list[str]
-) -> Subject:
+def _subject(name: str | os.PathLike[str], model: Any, tokenizer: Any, source: str, notes: list[str]) -> Subject:
     weights = model.state_dict()
     return Subject(os.fspath(name), type(model).__name__, model.config, weights, tokenizer, source, tuple(notes))
 
 
-def _class_name(folder: Path) -> tuple[str, list[str]]:
-    """The class that config.json names, if this library has it, else the encoder of its family; and notes."""
+def _classes(folder: Path) -> tuple[str, Any, list[str]]:
+    """The class that config.json names, or else the encoder of its family; the class of its tokenizer; and notes."""
     config = read_json(folder / "config.json")
-    family = _FAMILIES.get(config.get("model_type", ""))
-    if family is None:
+    if config.get("model_type") not in _FAMILIES:
         expected = " or ".join(map(repr, _FAMILIES))
         raise ValueError(
             f"{str(folder / 'config.json')!r}: model_type must be {expected}, got {config.get('model_type')!r}"
         )
+    family, tokenizer_class = _FAMILIES[config["model_type"]]
     named = config.get("architectures") or []
     if not isinstance(named, list):
         raise ValueError(f"{str(folder / 'config.json')!r}: architectures must be a list of names, got {named!r}")
     named = [str(architecture) for architecture in named]
     for architecture in named:
-        if architecture.startswith(f"{family}For") and hasattr(models, architecture):
-            return architecture, []
+        if architecture.startswith((f"{family}For", f"{family}LMHead")) and hasattr(models, architecture):
+            return architecture, tokenizer_class, []
     encoder = f"{family}Model"
-    if named and encoder not in named:
-        return encoder, [f"config.json names {', '.join(named)}, which fastconv lacks: this is its encoder, {encoder}"]
-    return encoder, []
+    note = f"config.json names {', '.join(named)}, which fastconv lacks: this is its encoder, {encoder}"
+    return encoder, tokenizer_class, [note] if named and encoder not in named else []
