@@ -19,8 +19,10 @@ _EXPORTS = {
     "restore": "fastconv.swap",
     "backend": "fastconv.dispatch",
     "convert_checkpoint": "fastconv.checkpoints.convert",
-    "BertTokenizer": "fastconv.tokenization",
-    "ConvBertTokenizer": "fastconv.tokenization",
+    **dict.fromkeys(
+        ("BertTokenizer", "BertTokenizerFast", "ConvBertTokenizer", "ConvBertTokenizerFast", "RoCBertTokenizer"),
+        "fastconv.tokenization",
+    ),
     **dict.fromkeys(
         (
             "BertConfig",

@@ -288,6 +288,8 @@ class Vocabulary(Model):
 class BertForPreTraining(Vocabulary, BertPreTrainedModel):
     """BERT with both heads of its pre-training: masked language modelling and next sentence prediction."""
 
+    cls: BertPreTrainingHeads
+
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
         self.bert = BertModel(config)
@@ -354,7 +356,7 @@ class BertLMHeadModel(Generation, Vocabulary, heads.CausalLM, BertPreTrainedMode
         self.init_weights(skip=self.bert)
         self.tie_weights()
 
-    def forward(
+    def forward(  # type: ignore[override]  # a decoder's arguments come in between
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -408,7 +410,7 @@ class BertForMaskedLM(Vocabulary, heads.MaskedLM, BertPreTrainedModel):
         self.init_weights(skip=self.bert)
         self.tie_weights()
 
-    def forward(
+    def forward(  # type: ignore[override]  # a decoder's arguments come in between
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .config import Config, check_int
 from .layers import GroupedLinear, SeparableConv1D
@@ -96,7 +96,7 @@ class Model(nn.Module):
         std = None if mean_resizing else self.config.initializer_range
         tied = output is not None and output.weight is words.weight
         words.weight = _resized(words.weight, size, std)
-        words.num_embeddings = size  # type: ignore[assignment]
+        words.num_embeddings = size
         if output is not None:
             output.weight = words.weight if tied else _resized(output.weight, size, std)
             output.bias = _resized(output.bias, size, None if mean_resizing else 0.0)
@@ -148,7 +148,7 @@ def maybe_tuple(output: Any, return_dict: bool) -> Any:
     return output if return_dict else output.to_tuple()
 
 
-def _resized(old: nn.Parameter, size: int, std: float | None) -> nn.Parameter:
+def _resized(old: Tensor, size: int, std: float | None) -> nn.Parameter:
     """A parameter (size, ...) that begins with the old rows; new ones are normal with `std`, None: like the old."""
     new = old.new_empty(size, *old.shape[1:])
     kept = min(size, old.shape[0])

@@ -14,7 +14,7 @@ from fastconv.checkpoints.loading import match_names
 from fastconv.checkpoints.original_checkpoint import PARTS, find_prefix, read_config, read_variables
 from fastconv.checkpoints.saving import write_checkpoint
 from fastconv.checkpoints.stored_tensors import StoredTensor, listed
-from fastconv.tokenizer_files import read_vocab
+from fastconv.tokenization.files import read_vocab
 
 _MODELS = {"discriminator": "ConvBertModel", "generator": "ConvBertForMaskedLM"}
 

@@ -105,10 +105,9 @@ def _decoded(raw: bytes) -> str:
 
 def _arrived(file: BinaryIO, name: str) -> Iterator[list[bytes]]:
     """The lines of a file without their ends, as many at a time as one read gives."""
-    read = getattr(file, "read1", file.read)
     parts: list[bytes] = []  # of the line that is not whole yet
     length = lines = 0
-    while chunk := read(_AT_A_TIME):
+    while chunk := _read(file, name):
         whole, end, rest = chunk.rpartition(b"\n")
         if end:
             arrived = b"".join((*parts, whole)).split(b"\n")
@@ -123,6 +122,14 @@ def _arrived(file: BinaryIO, name: str) -> Iterator[list[bytes]]:
             )
     if length:
         yield [b"".join(parts)]
+
+
+def _read(file: BinaryIO, name: str) -> bytes:
+    """What has come, at most so much; nothing at the end."""
+    try:
+        return getattr(file, "read1", file.read)(_AT_A_TIME)
+    except OSError as error:
+        raise ItemError(f"can't read {name}: {error.strerror}") from error
 
 
 def _parsed(named: Iterable[tuple[str, Any]], parse: Callable[[Any], Any], size: int) -> Iterator[list[Item]]:

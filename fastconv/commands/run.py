@@ -69,7 +69,9 @@ def add_parser(commands: Any) -> None:
     )
     parser.set_defaults(run=_run)
     parser.add_argument("--task", required=True, choices=TASKS, metavar="TASK", help="one of those below")
-    parser.add_argument("--model", required=True, metavar="DIR", help="a checkpoint folder with its tokenizer")
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="a checkpoint folder with its tokenizer, or a hub id"
+    )
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="default: the lines of stdin, which - stands for too")
     parser.add_argument("--file", metavar="FILE", help="UTF-8 lines to read instead, - for stdin")
     parser.add_argument(

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 
-from fastconv import checkpoints, models, reference, tokenizer_files
+from fastconv import checkpoints, models, reference, tokenization
 from fastconv.folders import find_folder, read_json
 from fastconv.parity import shapes
 from fastconv.parity.paths import Weights
-from fastconv.tokenization import BertTokenizer, ConvBertTokenizer
-from fastconv.tokenization_roc_bert import RoCBertTokenizer
+from fastconv.tokenization import BertTokenizer, ConvBertTokenizer, RoCBertTokenizer
 
 _FAMILIES = {
     "bert": ("Bert", BertTokenizer),
@@ -78,7 +77,7 @@ def load(name: str | os.PathLike[str], sentences: Sequence[str]) -> Subject:
         tokenizer = shapes.train_tokenizer(sentences, model.config.vocab_size)
         return _subject(name, model, tokenizer, "random weights", [])
     try:
-        folder = find_folder(name, (*checkpoints.FILES, *tokenizer_files.FILES))
+        folder = find_folder(name, (*checkpoints.FILES, *tokenization.FILES))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}, nor one of {', '.join(shapes.NAMES)}") from None
     class_name, tokenizer_class, notes = _classes(folder)
