@@ -19,6 +19,7 @@ _EXPORTS = {
     "restore": "fastconv.swap",
     "backend": "fastconv.dispatch",
     "convert_checkpoint": "fastconv.checkpoints.convert",
+    "pipeline": "fastconv.tasks",
     **dict.fromkeys(
         ("BertTokenizer", "BertTokenizerFast", "ConvBertTokenizer", "ConvBertTokenizerFast", "RoCBertTokenizer"),
         "fastconv.tokenization",

@@ -58,10 +58,13 @@ def expected_paths() -> list[str]:
 @pytest.mark.parametrize(
     "name",
     ["BertModel", "BertForMaskedLM", "BertForSequenceClassification", "BertForQuestionAnswering",
-     "BertForMultipleChoice", "ConvBertModel", "ConvBertForTokenClassification", "ConvBertForMultipleChoice"],
+     "BertForMultipleChoice", "BertForPreTraining", "BertLMHeadModel", "BertForNextSentencePrediction",
+     "ConvBertModel", "ConvBertForTokenClassification", "ConvBertForMultipleChoice",
+     "RoCBertModel", "RoCBertForPreTraining", "RoCBertForCausalLM", "RoCBertForSequenceClassification"],
 )  # fmt: skip
 def test_verify_runs_every_path_of_every_class(name, tmp_path, native):
-    result = fastconv.parity.verify(save(tmp_path, name), text=TEXT, batch=4, rounds=1)
+    folder = save(tmp_path, name, is_decoder=name.endswith(("LMHeadModel", "CausalLM")))
+    result = fastconv.parity.verify(folder, text=TEXT, batch=4, rounds=1)
     assert result.class_name == name and result.source == "checkpoint" and result.dtype == "float32"
     assert [row.path.partition(" (")[0] for row in result.rows] == expected_paths()
     assert [row.ours for row in result.rows] == [path.endswith(("accelerate", "fastconv")) for path in expected_paths()]

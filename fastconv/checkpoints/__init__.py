@@ -5,9 +5,9 @@ TensorFlow 1 checkpoint of ConvBERT's original code.
 (pytorch_model.bin) and `keras_tensors` (tf_model.h5) open them.
 """
 
-from fastconv.checkpoints.loading import load_folder
+from fastconv.checkpoints.loading import CheckpointWarning, load_folder
 from fastconv.checkpoints.saving import save_folder
 from fastconv.checkpoints.stored_tensors import listed
 from fastconv.checkpoints.weight_files import FILES
 
-__all__ = ["FILES", "listed", "load_folder", "save_folder"]
+__all__ = ["FILES", "CheckpointWarning", "listed", "load_folder", "save_folder"]

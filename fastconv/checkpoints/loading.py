@@ -176,6 +176,19 @@ def load_folder(
     return model.eval()
 
 
+class CheckpointWarning(UserWarning):
+    """A checkpoint and a model that don't fit in all parts.
+
+    missing: the parameters that the checkpoint lacks, which are random
+    unused: the tensors of heads that the model lacks
+    """
+
+    def __init__(self, text: str, match: Match) -> None:
+        super().__init__(text)
+        self.missing = match.missing
+        self.unused = match.unused
+
+
 def _warn(model: nn.Module, folder: Path, match: Match) -> None:
     told = []
     if match.missing:
@@ -183,7 +196,8 @@ def _warn(model: nn.Module, folder: Path, match: Match) -> None:
     if match.unused:
         told.append(f"in the checkpoint, but not in this model: {', '.join(match.unused)}")
     if told:
-        warnings.warn(f"{type(model).__name__} from {str(folder)!r}: {'; '.join(told)}", stacklevel=4)
+        text = f"{type(model).__name__} from {str(folder)!r}: {'; '.join(told)}"
+        warnings.warn(CheckpointWarning(text, match), stacklevel=4)
 
 
 def choose_dtype(dtype: torch.dtype | str | None, config: Any, stored: Iterable[StoredTensor] = ()) -> torch.dtype:
