@@ -31,11 +31,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"fastconv {args.command}: error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:
-        # Whoever reads has seen enough (head, less): end as quietly as the signal would. What is still buffered goes
-        # nowhere, or the interpreter would complain at its exit.
+    except OSError as error:
+        # The output can't be written. What is still buffered goes nowhere: else the interpreter complains at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        if isinstance(error, BrokenPipeError):  # who reads has seen enough (head, less): end quietly, as by the signal
+            return 141
+        print(f"fastconv {args.command}: error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"fastconv {args.command}: interrupted", file=sys.stderr)
         return 130

@@ -166,6 +166,9 @@ def test_empty_lines_are_skipped_if_told_to(classifier, capsys, typed):
     code, out, err = run(capsys, "run", "--task", "text-classification", "--model", classifier, "--skip-empty")
     assert code == 0 and out.splitlines() == labels(classifier, ["a dog", "it"])
     assert err == "fastconv run: 3 empty lines left out\n"
+    typed("\u00a0\na dog\n\u3000\n".encode())  # spaces too
+    code, out, err = run(capsys, "run", "--task", "text-classification", "--model", classifier, "--skip-empty")
+    assert code == 0 and out.splitlines() == labels(classifier, ["a dog"]) and "2 empty lines" in err
 
 
 def test_truncate_cuts_a_long_line(classifier, capsys, typed):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import subprocess
 import sys
 
 import pytest
@@ -292,6 +294,42 @@ def test_a_file_that_can_not_be_read(command, monkeypatch):
 
     with pytest.raises(ItemError, match="can't read a disk: Input/output error"):
         list(lines.from_file(Broken(), "a disk", str, 1))
+
+
+def test_stdin_that_is_closed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)  # as of `fastconv run ... <&-`
+    code, _, err = run(capsys, "run", "--task", "feature-extraction", "--model", tmp_path)
+    assert code == 2 and "error: stdin and stdout must be open" in err
+    folder = save(tmp_path)
+    assert run(capsys, "run", "--task", "feature-extraction", "--model", folder, "a dog")[0] == 0
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+def test_a_full_disk_is_told(tmp_path):
+    with open("/dev/full", "w") as full:
+        command = [
+            sys.executable,
+            "-m",
+            "fastconv.cli",
+            "run",
+            "--task",
+            "feature-extraction",
+            "--model",
+            save(tmp_path),
+        ]
+        environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*command, "a dog"], stdout=full, stderr=subprocess.PIPE, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (2, b"fastconv run: error: [Errno 28] No space left on device\n")
+
+
+@pytest.mark.parametrize("task", ["text-classification", "token-classification"])
+def test_labels_that_are_not_named(task, tmp_path):
+    folder = save(tmp_path, {"text": "BertForSequenceClassification", "toke": "BertForTokenClassification"}[task[:4]])
+    content = json.loads((folder / "config.json").read_text())
+    for labels in ({"0": "a", "5": "b"}, {"0": "a", "1": None}):
+        (folder / "config.json").write_text(json.dumps({**content, "id2label": labels}))
+        with pytest.raises(ValueError, match=r"id2label in config\.json must name the outputs from 0 to 1, got"):
+            pipeline(task, folder)
 
 
 def test_out_of_memory_is_told(command, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import minilm
@@ -295,10 +296,29 @@ def test_token_classification_joins_neighbours_of_a_label(tmp_path, monkeypatch)
         assert ("index" in result[0]) is (strategy == "none")
 
 
+@pytest.mark.parametrize("strategy", ["none", "simple"])
+def test_a_score_that_is_nan_is_seen(strategy, tmp_path):
+    folder = save(tmp_path, "BertForTokenClassification", id2label={0: "O", 1: "X"})
+    pipe = pipeline("token-classification", folder, aggregation_strategy=strategy)
+    with torch.no_grad():
+        pipe.model.classifier.bias.fill_(torch.nan)
+    results = pipe("he ran")
+    assert results and all(math.isnan(entry["score"]) for entry in results)
+
+
 def test_an_unknown_word_is_told_as_it_stands(tmp_path):
     folder = save(tmp_path, "BertForTokenClassification", id2label={0: "X", 1: "Y"})
     words = [entry["word"] for entry in pipeline("token-classification", folder)("a ☃ dog")]
     assert words == ["a", "☃", "d", "##o", "##g"]
+
+
+def test_a_tokenizer_without_a_pad_token(tmp_path):
+    folder = save(tmp_path, "BertForSequenceClassification")
+    texts = ["a dog", "it", "a cat", "who ran"]
+    expected = pipeline("text-classification", folder)(texts)
+    (folder / "tokenizer_config.json").write_text('{"pad_token": null}')
+    results = pipeline("text-classification", folder)(texts)
+    assert rest(results) == rest(expected) and numbers(results) == pytest.approx(numbers(expected), abs=1e-5)
 
 
 def test_truncation_cuts(tmp_path):

@@ -152,6 +152,9 @@ def test_words_that_are_split_already(tokenizer):
     batch = tokenizer([["new", "york"], ["hello"]], is_split_into_words=True).input_ids
     assert batch == tokenizer(["new york", "hello"]).input_ids
 
+    assert tokenizer([], is_split_into_words=True).input_ids == [4, 5], "a text without words"
+    assert tokenizer.encode(["new", "york"], is_split_into_words=True) == tokenizer.encode("new york")
+
 
 def test_pad_of_tokenized_rows(tokenizer):
     rows = [tokenizer("hello") | {"labels": 1}, tokenizer("the quick brown fox") | {"labels": 0}]
@@ -166,6 +169,34 @@ def test_pad_of_tokenized_rows(tokenizer):
     out = tokenizer.pad([{"input_ids": torch.tensor([4, 5])}], pad_to_multiple_of=4)
     assert out.input_ids.tolist() == [[4, 5, 0, 0]], "tensors stay tensors"
     assert tokenizer.pad({"input_ids": torch.tensor([[4, 5]]).numpy()}).attention_mask.tolist() == [[1, 1]]
+
+
+@pytest.mark.parametrize(
+    "rows, error, message",
+    [
+        (
+            [{"input_ids": [4], "labels": 1}, {"input_ids": [4]}],
+            ValueError,
+            "got input_ids, labels at 0 and input_ids at",
+        ),
+        ([{"input_ids": [4]}, {"input_ids": [4], "labels": 1}], ValueError, "got input_ids at 0 and input_ids, labels"),
+        ({"labels": [4]}, ValueError, "pad needs input_ids, got only labels"),
+        ([[4, 5], [4]], TypeError, "pad needs a dict with input_ids or a list of such dicts, got a list of list"),
+        ([{"input_ids": torch.tensor([[4, 5]])}], ValueError, "pad needs rows of ids as input_ids, got .* a batch"),
+        ([{"input_ids": [4]}, {"input_ids": 4}], ValueError, "pad needs rows of ids as input_ids, got a number"),
+    ],
+)
+def test_rows_that_can_not_be_padded(tokenizer, rows, error, message):
+    with pytest.raises(error, match=message):
+        tokenizer.pad(rows)
+
+
+def test_rows_of_one_length_need_no_pad_token():
+    tokenizer = BertTokenizer(VOCAB, pad_token=None)
+    assert tokenizer(["hello", "world"], padding=True).input_ids == [[4, 156, 5], [4, 158, 5]]
+    assert tokenizer.pad([tokenizer("hello"), tokenizer("world")]).input_ids == [[4, 156, 5], [4, 158, 5]]
+    with pytest.raises(ValueError, match="padding=True needs a pad token"):
+        tokenizer(["hello", "hello world"], padding=True)
 
 
 def test_tokens_and_ids(tokenizer):
@@ -221,6 +252,7 @@ def test_texts_that_are_none(tokenizer, arguments, error, message):
         ({"padding": "max"}, "padding must be True, False, 'longest' or 'max_length', got 'max'"),
         ({"padding": "max_length"}, "padding='max_length' needs max_length"),
         ({"padding_side": "top"}, "padding_side must be one of 'right', 'left', got 'top'"),
+        ({"padding": True, "pad_to_multiple_of": -4}, "pad_to_multiple_of must be at least 1, or None, got -4"),
         ({"return_tensors": "tf"}, "return_tensors must be one of 'pt', 'np', None, got 'tf'"),
         ({"return_tensors": "pt"}, r"a tensor needs rows of equal length, got lengths \[3, 4\] in input_ids"),
         ({"truncation": True, "max_length": 1}, "max_length must be at least 2, the number of special tokens, got 1"),
@@ -238,8 +270,11 @@ def test_settings_that_cannot_be(tokenizer, options, message):
 
 
 def test_negative_ids_have_no_text(tokenizer):
-    with pytest.raises(ValueError, match="ids must be at least 0, got -100"):
-        tokenizer.decode([156, -100])
+    for wrong in (-100, 2**32):
+        with pytest.raises(ValueError, match=f"ids must be from 0 to 4294967295, got {wrong}"):
+            tokenizer.decode([156, wrong])
+        with pytest.raises(ValueError, match=f"ids must be from 0 to 4294967295, got {wrong}"):
+            tokenizer.convert_ids_to_tokens(wrong)
 
 
 def test_import_is_lazy():

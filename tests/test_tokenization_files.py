@@ -72,7 +72,7 @@ def test_other_special_tokens(tmp_path):
     assert tokenizer.mask_token_id is None and tokenizer.pad_token_id == 0
     unpadded = BertTokenizer(tmp_path / "vocab.txt", **{**names, "pad_token": None}, mask_token=None)
     with pytest.raises(ValueError, match="padding=True needs a pad token"):
-        unpadded(["hello"], padding=True)
+        unpadded(["hello", "hello hello"], padding=True)
     with pytest.raises(ValueError, match="must be tokens of the vocabulary, got None"):
         BertTokenizer(tmp_path / "vocab.txt", **{**names, "cls_token": None})
     added = {str(5 + index): {"content": token, "special": True} for index, token in enumerate(("[C]", "[S]"))}
@@ -274,3 +274,22 @@ def test_shapes_and_pronunciations_that_are_none(content, message, tmp_path):
         RoCBertTokenizer(ROCBERT[0], file, ROCBERT[2])
     with pytest.raises(ValueError, match=message):
         RoCBertTokenizer(*ROCBERT[:2], file)
+
+
+@pytest.mark.parametrize("family", ["bert", "json", "rocbert"])
+def test_from_pretrained_with_other_options(family, tmp_path):
+    if family == "rocbert":
+        cls = RoCBertTokenizer
+        for file in ROCBERT:
+            shutil.copy(file, tmp_path)
+    else:
+        cls = BertTokenizer
+        shutil.copy(VOCAB, tmp_path / "vocab.txt")
+        if family == "json":
+            cls.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    lower = cls.from_pretrained(tmp_path)
+    cased = cls.from_pretrained(tmp_path, do_lower_case=False, model_max_length=7, padding_side="left")
+    assert lower.do_lower_case and not cased.do_lower_case
+    assert lower.tokenize("HELLO") == lower.tokenize("hello") == cased.tokenize("hello") != cased.tokenize("HELLO")
+    assert cased.model_max_length == 7 and cased.padding_side == "left" and lower.padding_side == "right"
+    assert len(cased("a b c d e f g h i", truncation=True)["input_ids"]) == 7

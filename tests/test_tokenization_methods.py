@@ -101,6 +101,15 @@ def test_added_tokens(make):
 
 
 @pytest.mark.parametrize("make", [lambda: BertTokenizer(VOCAB), lambda: RoCBertTokenizer(*ROCBERT)])
+def test_added_tokens_that_are_special_are_skipped(make):
+    tokenizer = make()
+    tokenizer.add_tokens("[E1]", special_tokens=True)
+    ids = tokenizer.encode("hello [E1] world")
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "hello world"
+    assert tokenizer.convert_ids_to_tokens(ids, skip_special_tokens=True) == ["hello", "world"]
+
+
+@pytest.mark.parametrize("make", [lambda: BertTokenizer(VOCAB), lambda: RoCBertTokenizer(*ROCBERT)])
 def test_roles(make):
     tokenizer = make()
     size = len(tokenizer)

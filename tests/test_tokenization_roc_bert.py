@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import time
 import unicodedata
 
 import pytest
@@ -141,9 +142,17 @@ def test_normalized_added_tokens_are_found_in_any_case(tokenizer):
     # As transformers 4.57 and all fast tokenizers find them; 5.x's RoCBertTokenizer finds only "covid" then.
     assert tokenizer.add_tokens("COVID") == 1
     assert tokenizer.encode("covid Covid COVID", add_special_tokens=False) == [60, 60, 60]
+    assert tokenizer.decode([60]) == "COVID" == tokenizer.convert_ids_to_tokens(60), "as it was added"
     cased = RoCBertTokenizer(*ROCBERT, do_lower_case=False)
     cased.add_tokens("COVID")
     assert cased.encode("covid COVID", add_special_tokens=False) == [1, 60]
+
+
+def test_many_marks_take_time_in_proportion(tokenizer):
+    start = time.monotonic()
+    out = tokenizer("a" + "\u0301" * 30_000, return_offsets_mapping=True)
+    assert out.offset_mapping[1] == (0, 30_001)
+    assert time.monotonic() - start < 10, "0.1 s if each mark is looked at once, half a minute if with all before it"
 
 
 def test_copies_are_the_same(tokenizer):

@@ -11,7 +11,7 @@ from fastconv.tasks.task import Task
 
 FORMATS = ("text", "tsv", "json")
 _AT_A_TIME = 1 << 16  # what a pipe holds
-_LONGEST_LINE = 1 << 26
+_LONGEST_LINE = 1 << 24  # tokenizing takes some 200 bytes of memory a byte: 3 GB for such a line
 
 Item = tuple[str, Any]
 
@@ -86,7 +86,7 @@ def from_file(
             line = raw.removesuffix(b"\r")
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
-            if skipped is not None and not line.strip():
+            if skipped is not None and not line.decode(errors="replace").strip():
                 skipped()
             else:
                 named.append((f"line {number} of {name}", line))

@@ -145,6 +145,8 @@ def _run(args: argparse.Namespace, command: str) -> int:
             raise ValueError("give texts or --file, not both")
         parse = lines.parser(TASKS[args.task], args.input_format)
         from_stdin = args.file == "-" or (args.file is None and args.texts in ([], ["-"]))
+        if sys.stdout is None or (from_stdin and sys.stdin is None):
+            raise ValueError("stdin and stdout must be open, unless texts or --file are given instead of stdin")
         file = sys.stdin.buffer if from_stdin else None if args.file is None else open(args.file, "rb")  # noqa: SIM115
         pipe = pipeline(args.task, args.model, **{name: getattr(args, name) for name in _OPTIONS})
     if file is None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastconv.tasks.loading import Checkpoint
-from fastconv.tasks.task import Item, Row, Task, check_count, check_text
+from fastconv.tasks.task import Item, Row, Task, check_count, check_text, labels_of
 
 _ALL = ("bert", "convbert", "roc_bert")
 
@@ -32,7 +32,7 @@ class TextClassification(Task):
         self.several_lines = (top_k or 1) > 1
         self.lists_single = top_k is None
         config = self.model.config
-        self._labels = config.id2label
+        self._labels = labels_of(config)
         self._kind = config.problem_type
         if self._kind is None:
             self._kind = "multi_label_classification" if config.num_labels == 1 else "single_label_classification"

@@ -143,6 +143,16 @@ class Task:
         raise NotImplementedError
 
 
+def labels_of(config: Any) -> list[str]:
+    """The label of each output of a classifier. Raises ValueError if config.json doesn't name them all."""
+    labels = [config.id2label.get(index) for index in range(config.num_labels)]
+    if not all(isinstance(label, str) for label in labels):
+        raise ValueError(
+            f"id2label in config.json must name the outputs from 0 to {len(labels) - 1}, got {config.id2label}"
+        )
+    return labels
+
+
 def check_text(name: str, value: Any) -> str:
     """The text. Raises TypeError if it is no str, ValueError if it is empty or no Unicode."""
     if not isinstance(value, str):

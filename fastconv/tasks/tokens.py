@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from fastconv.tasks.loading import Checkpoint
-from fastconv.tasks.task import Item, Row, Task
+from fastconv.tasks.task import Item, Row, Task, labels_of
 from fastconv.tokenization.batch_encoding import one_of
 
 _STRATEGIES = ("none", "simple")
@@ -30,7 +31,7 @@ class TokenClassification(Task):
     def __init__(self, checkpoint: Checkpoint, *, truncate: bool = False, aggregation_strategy: str = "none") -> None:
         super().__init__(checkpoint, truncate=truncate)
         self._simple = one_of("aggregation_strategy", aggregation_strategy, _STRATEGIES) == "simple"
-        self._labels = self.model.config.id2label
+        self._labels = labels_of(self.model.config)
 
     def compute(self, inputs: dict[str, Tensor], rows: Sequence[Row]) -> Sequence[Any]:
         scores, labels = self.model(**inputs).logits.float().softmax(-1).max(-1)
@@ -39,9 +40,9 @@ class TokenClassification(Task):
     def decode(self, item: Item, rows: Sequence[Row], outputs: Sequence[Any]) -> Any:
         tokens = list(self._tokens(item["text"], rows[0], *outputs[0]))
         if not self._simple:
-            return [token for token in tokens if token["entity"] != "O"]
+            return [token for token in tokens if _told(token["entity"], token["score"])]
         groups = [self._join(group) for group in _groups(tokens)]
-        return [group for group in groups if group["entity_group"] != "O"]
+        return [group for group in groups if _told(group["entity_group"], group["score"])]
 
     def _tokens(self, text: str, row: Row, scores: list[float], labels: list[int]) -> Iterator[dict[str, Any]]:
         assert row.offsets is not None
@@ -83,6 +84,11 @@ class FeatureExtraction(Task):
 
     def decode(self, item: Item, rows: Sequence[Row], outputs: Sequence[Any]) -> Any:
         return [outputs[0].tolist()]
+
+
+def _told(label: str, score: float) -> bool:
+    """Whether something was found; a score that is NaN (fp16 that overflows) must be seen, whatever its label."""
+    return label != "O" or math.isnan(score)
 
 
 def _groups(tokens: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:

@@ -185,6 +185,8 @@ def padded_length(
             raise ValueError("padding='max_length' needs max_length: this tokenizer has no model_max_length")
     else:
         raise ValueError(f"padding must be True, False, 'longest' or 'max_length', got {padding!r}")
+    if pad_to_multiple_of is not None and pad_to_multiple_of < 0:
+        raise ValueError(f"pad_to_multiple_of must be at least 1, or None, got {pad_to_multiple_of}")
     return length if not pad_to_multiple_of else -(-length // pad_to_multiple_of) * pad_to_multiple_of
 
 

@@ -1,7 +1,6 @@
 """Text to ids and back: BertTokenizer and ConvBertTokenizer, over the `tokenizers` package.
 
-RoCBertTokenizer is in tokenization_roc_bert.py, what all of them do in tokenization_texts.py, tokenization_ids.py and
-tokenization_vocabulary.py.
+RoCBertTokenizer is in roc_bert.py, what all of them do in texts.py, ids.py and vocabulary.py.
 """
 
 from __future__ import annotations
@@ -112,15 +111,34 @@ class BertTokenizer(Tokenizer):
             )
 
     @classmethod
-    def from_pretrained(cls, name_or_folder: str | os.PathLike[str]) -> Self:
+    def from_pretrained(
+        cls,
+        name_or_folder: str | os.PathLike[str],
+        *,
+        do_lower_case: bool | None = None,
+        strip_accents: bool | None = None,
+        tokenize_chinese_chars: bool | None = None,
+        model_max_length: int | None = None,
+        padding_side: str | None = None,
+        truncation_side: str | None = None,
+    ) -> Self:
         """The tokenizer of a checkpoint: its tokenizer.json, else its vocab.txt, and its tokenizer_config.json.
 
         name_or_folder: a folder, or a hub id like "org/name", which needs huggingface_hub
+        do_lower_case, ..., truncation_side: in the place of what the files say; None: what they say
 
         Raises FileNotFoundError, ValueError for a file of another kind, ImportError or OSError for a hub id.
         """
         folder = find_folder(name_or_folder, files.FILES)
         options = files.read_options(folder)
+        options |= files.given(
+            do_lower_case=do_lower_case,
+            strip_accents=strip_accents,
+            tokenize_chinese_chars=tokenize_chinese_chars,
+            model_max_length=model_max_length,
+            padding_side=padding_side,
+            truncation_side=truncation_side,
+        )
         if (folder / "tokenizer.json").is_file():
             stored = files.normalizer_options(folder / "tokenizer.json")
             return cls(tokenizer_file=folder / "tokenizer.json", **{**stored, **options})

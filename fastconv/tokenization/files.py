@@ -259,6 +259,11 @@ def read_options(folder: Path, kinds: Sequence[str] = _SAME_AS_BERT) -> dict[str
     return options
 
 
+def given(**options: Any) -> dict[str, Any]:
+    """The options that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def write_config(folder: Path, tokenizer: TokenizerVocabulary) -> None:
     """Write tokenizer_config.json: the class of a tokenizer, its special and added tokens, its options."""
     names = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")

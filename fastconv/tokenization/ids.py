@@ -195,18 +195,21 @@ class TokenizerOfIds(TokenizerVocabulary):
             tokenizer's own (labels) are carried along as they are
         return_tensors: as in a call; None: tensors or arrays if input_ids are such, else lists
 
-        Raises ValueError if there are no input_ids.
+        Raises TypeError for something else; ValueError if there are no input_ids, if they are not rows of ids, or if
+        the results have unequal entries.
         """
-        if isinstance(encoded_inputs, Mapping):
-            given = dict(encoded_inputs)
-        else:
-            names = encoded_inputs[0] if encoded_inputs else ("input_ids",)
-            given = {name: [row[name] for row in encoded_inputs] for name in names}
+        given = dict(encoded_inputs) if isinstance(encoded_inputs, Mapping) else _columns(encoded_inputs)
         if "input_ids" not in given:
             raise ValueError(f"pad needs input_ids, got only {', '.join(given) or 'an empty dict'}")
         columns = {name: plain_rows(value) for name, value in given.items()}
         single = len(columns["input_ids"]) > 0 and isinstance(columns["input_ids"][0], int)
         out = BatchEncoding({name: [value] for name, value in columns.items()} if single else columns)
+        for ids in out["input_ids"]:
+            if not isinstance(ids, list | tuple) or (ids and isinstance(ids[0], list | tuple)):
+                raise ValueError(
+                    "pad needs rows of ids as input_ids, got a number or a batch as a row; make the rows "
+                    "without return_tensors"
+                )
         if self._returned("attention_mask", return_attention_mask) and "attention_mask" not in out:
             out["attention_mask"] = [[1] * len(ids) for ids in out["input_ids"]]
         lengths = [len(ids) for ids in out["input_ids"]]
@@ -228,7 +231,9 @@ class TokenizerOfIds(TokenizerVocabulary):
     ) -> int | None:
         limit = self.model_max_length if max_length is None else max_length
         length = padded_length(lengths, padding, limit, pad_to_multiple_of)
-        if length is not None and self.pad_token_id is None:
+        if length is None or min(lengths) >= length:
+            return None
+        if self.pad_token_id is None:
             raise ValueError(f"padding={padding!r} needs a pad token; give this tokenizer a pad_token")
         return length
 
@@ -259,6 +264,20 @@ class TokenizerOfIds(TokenizerVocabulary):
                 "give a max_length that is such a multiple"
             )
         return Truncation(strategy, limit, stride, self.truncation_side)
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Name -> the entries of that name of all rows. Raises TypeError, ValueError."""
+    if not isinstance(rows, list | tuple) or not all(isinstance(row, Mapping) for row in rows):
+        kind = type(rows).__name__ + (f" of {type(rows[0]).__name__}" if isinstance(rows, list | tuple) else "")
+        raise TypeError(f"pad needs a dict with input_ids or a list of such dicts, got a {kind}")
+    names = dict(rows[0]) if rows else {"input_ids": None}
+    for number, row in enumerate(rows):
+        if row.keys() != names.keys():
+            raise ValueError(
+                f"all rows must have the same entries, got {', '.join(names)} at 0 and {', '.join(row)} at {number}"
+            )
+    return {name: [row[name] for row in rows] for name in names}
 
 
 def finished(row: BatchEncoding, length: bool, prepend_batch_axis: bool, return_tensors: str | None) -> BatchEncoding:

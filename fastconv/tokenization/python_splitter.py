@@ -152,10 +152,8 @@ def _composed(word: _Word) -> _Word:
         return word
     groups: list[_Word] = []
     for character in word:
-        before = _text(groups[-1]) if groups else ""
-        apart = unicodedata.normalize("NFC", before) + unicodedata.normalize("NFC", character.value)
-        mark = unicodedata.combining(character.value) != 0
-        if before and (mark or unicodedata.normalize("NFC", before + character.value) != apart):
+        # A mark first: normalizing what is before it for each of many marks would take the square of their number.
+        if groups and (unicodedata.combining(character.value) != 0 or _become_one(_text(groups[-1]), character.value)):
             groups[-1].append(character)
         else:
             groups.append([character])
@@ -168,6 +166,12 @@ def _composed(word: _Word) -> _Word:
     if _text(composed) == expected:
         return composed
     return [_Character(value, word[0].start, word[-1].end) for value in expected]  # then from the whole word
+
+
+def _become_one(before: str, after: str) -> bool:
+    """Whether normal form C joins two pieces of text, as it does Korean letters."""
+    apart = unicodedata.normalize("NFC", before) + unicodedata.normalize("NFC", after)
+    return unicodedata.normalize("NFC", before + after) != apart
 
 
 def _changed(word: _Word, change: Callable[[str], str]) -> _Word:

@@ -95,11 +95,22 @@ class RoCBertTokenizer(Tokenizer):
         self.word_pronunciation = files.read_word_ids(Path(word_pronunciation_file), unk)
 
     @classmethod
-    def from_pretrained(cls, name_or_folder: str | os.PathLike[str]) -> Self:
+    def from_pretrained(
+        cls,
+        name_or_folder: str | os.PathLike[str],
+        *,
+        do_lower_case: bool | None = None,
+        strip_accents: bool | None = None,
+        tokenize_chinese_chars: bool | None = None,
+        model_max_length: int | None = None,
+        padding_side: str | None = None,
+        truncation_side: str | None = None,
+    ) -> Self:
         """The tokenizer of a checkpoint: its vocab.txt, word_shape.json, word_pronunciation.json and
         tokenizer_config.json, of which the last may be missing.
 
         name_or_folder: a folder, or a hub id like "org/name", which needs huggingface_hub
+        do_lower_case, ..., truncation_side: in the place of what the files say; None: what they say
 
         Raises FileNotFoundError, ValueError for a file of another kind, ImportError or OSError for a hub id.
         """
@@ -111,7 +122,16 @@ class RoCBertTokenizer(Tokenizer):
                 f"RoCBertTokenizer needs {', '.join(names)}; no {' and no '.join(missing)} in {str(folder)!r}: "
                 f"{what_is_there(folder)}"
             )
-        return cls(*(folder / name for name in names), **files.read_options(folder, ("RoCBert",)))
+        options = files.read_options(folder, ("RoCBert",))
+        options |= files.given(
+            do_lower_case=do_lower_case,
+            strip_accents=strip_accents,
+            tokenize_chinese_chars=tokenize_chinese_chars,
+            model_max_length=model_max_length,
+            padding_side=padding_side,
+            truncation_side=truncation_side,
+        )
+        return cls(*(folder / name for name in names), **options)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write vocab.txt, word_shape.json, word_pronunciation.json and tokenizer_config.json, which transformers reads
@@ -245,9 +265,14 @@ class RoCBertTokenizer(Tokenizer):
         return finished(out, return_length, prepend_batch_axis, return_tensors)
 
     def _token(self, number: int) -> str | None:
-        """transformers gives unk_token for an id that is not in the vocabulary."""
-        token = super()._token(number)
-        return self.unk_token if token is None else token
+        """The token as it was added, which `tokenizers` may give in lower case; and as in transformers unk_token for an
+        id that is not in the vocabulary.
+        """
+        token = self._backend.model.id_to_token(number)
+        if token is not None:
+            return token
+        added = self.added_tokens_decoder.get(number)
+        return self.unk_token if added is None else added.content
 
     def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
         """The text of tokens: the words between spaces, without the ## of the pieces."""

@@ -62,7 +62,9 @@ class Tokenizer(TokenizerOfIds):
         """
         if not isinstance(text, str | list | tuple):
             raise TypeError(f"text must be a str or a list of str, got {type(text).__name__}")
-        single = isinstance(text, str) or (is_split_into_words and len(text) > 0 and isinstance(text[0], str))
+        single = isinstance(text, str) or (
+            is_split_into_words and not any(isinstance(part, list | tuple) for part in text[:1])
+        )
         texts = _batch("text", [text] if single else text, is_split_into_words)
         pairs = None
         if text_pair is not None:
@@ -117,6 +119,8 @@ class Tokenizer(TokenizerOfIds):
         truncation: bool | str | None = None,
         max_length: int | None = None,
         stride: int = 0,
+        is_split_into_words: bool = False,
+        pad_to_multiple_of: int | None = None,
         padding_side: str | None = None,
         return_tensors: str | None = None,
     ) -> Any:
@@ -129,6 +133,8 @@ class Tokenizer(TokenizerOfIds):
             truncation=truncation,
             max_length=max_length,
             stride=stride,
+            is_split_into_words=is_split_into_words,
+            pad_to_multiple_of=pad_to_multiple_of,
             padding_side=padding_side,
             return_tensors=return_tensors,
         )["input_ids"]

@@ -231,11 +231,18 @@ class TokenizerVocabulary:
         return self.unk_token_id if found is None else found
 
     def convert_ids_to_tokens(self, ids: int | Sequence[int] | torch.Tensor, skip_special_tokens: bool = False) -> Any:
-        """The token of an id, or the tokens of a list; None for what is not in the vocabulary."""
+        """The token of an id, or the tokens of a list; None for what is not in the vocabulary.
+
+        Raises ValueError for a negative id.
+        """
+        numbers = _checked_ids(ids)
         if isinstance(ids, int):
             return self._token(ids)
-        skipped = set(self.all_special_ids) if skip_special_tokens else set()
-        return [self._token(number) for number in to_list(ids) if number not in skipped]
+        skipped: set[int] = set()
+        if skip_special_tokens:
+            flagged = {number for number, token in self.added_tokens_decoder.items() if token.special}
+            skipped = flagged.union(self.all_special_ids)
+        return [self._token(number) for number in numbers if number not in skipped]
 
     def _token(self, number: int) -> str | None:
         return self._backend.id_to_token(number)
@@ -259,10 +266,7 @@ class TokenizerVocabulary:
         ids = plain(token_ids)
         if isinstance(ids, list | tuple) and ids and isinstance(plain(ids[0]), list | tuple):
             return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces) for row in ids]
-        ids = to_list(ids)
-        if any(number < 0 for number in ids):
-            raise ValueError(f"ids must be at least 0, got {min(ids)}; leave out ignored labels")
-        text = self._decode(ids, skip_special_tokens)
+        text = self._decode(_checked_ids(ids), skip_special_tokens)
         if clean_up_tokenization_spaces is None:
             clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
         if clean_up_tokenization_spaces:
@@ -305,6 +309,15 @@ class TokenizerVocabulary:
     def _write_vocabulary(self, folder: Path, prefix: str) -> tuple[str, ...]:
         files.write_vocab(folder / f"{prefix}vocab.txt", self._backend)
         return (f"{prefix}vocab.txt",)
+
+
+def _checked_ids(ids: Any) -> list[int]:
+    """One id or some as a list. Raises ValueError for what can be no id."""
+    numbers = to_list(ids)
+    for number in numbers:
+        if not 0 <= number < 2**32:
+            raise ValueError(f"ids must be from 0 to 4294967295, got {number}; leave out ignored labels")
+    return numbers
 
 
 def _check_roles(special: Mapping[str, str | None]) -> None:
