@@ -64,7 +64,7 @@ def read_json(file: Path) -> dict[str, Any]:
     raw = file.read_bytes()
     try:
         content = json.loads(raw.decode("utf-8-sig"))
-    except ValueError as error:  # not UTF-8, or not JSON
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
         start = raw[:_BYTES_IN_A_MESSAGE]
         raise ValueError(f"{str(file)!r} is not JSON: {error}; it starts with {start!r}") from error
     if not isinstance(content, dict):
@@ -79,7 +79,9 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
 
 def what_is_there(folder: Path) -> str:
     """What a folder holds, for an error that says what is missing from it."""
-    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    if not folder.is_dir():
+        return "there is no such folder"
+    names = sorted(entry.name for entry in folder.iterdir())
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     return f"it holds {shown}" if names else "it is empty"
 

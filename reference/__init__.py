@@ -1,7 +1,8 @@
 """The reference: every op and model in plain PyTorch, written to be read. All other code is checked against it."""
 
 from . import ops
-from .bert import (
+from .bert import BertModel, BertPreTrainedModel
+from .bert_heads import (
     BertForMaskedLM,
     BertForMultipleChoice,
     BertForNextSentencePrediction,
@@ -10,8 +11,6 @@ from .bert import (
     BertForSequenceClassification,
     BertForTokenClassification,
     BertLMHeadModel,
-    BertModel,
-    BertPreTrainedModel,
 )
 from .cache import Cache
 from .config import BertConfig, Config, ConvBertConfig, RoCBertConfig
@@ -38,7 +37,8 @@ from .outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
-from .roc_bert import (
+from .roc_bert import RoCBertModel, RoCBertPreTrainedModel
+from .roc_bert_heads import (
     RoCBertForCausalLM,
     RoCBertForMaskedLM,
     RoCBertForMultipleChoice,
@@ -46,8 +46,6 @@ from .roc_bert import (
     RoCBertForQuestionAnswering,
     RoCBertForSequenceClassification,
     RoCBertForTokenClassification,
-    RoCBertModel,
-    RoCBertPreTrainedModel,
 )
 
 __all__ = [

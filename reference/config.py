@@ -60,18 +60,20 @@ class Config:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("id2label", "label2id"):
+            if not isinstance(getattr(self, name), (dict, type(None))):
+                raise TypeError(f"{name} must be a dict or None, got {getattr(self, name)!r}")
         if self.id2label is None:
             self.num_labels = 2 if self.num_labels is None else self.num_labels
         else:
-            self.id2label = {int(index): label for index, label in self.id2label.items()}
             if self.num_labels not in (None, len(self.id2label)):
                 raise ValueError(
                     f"num_labels must be the length of id2label, {len(self.id2label)}, got {self.num_labels}; "
                     "give one of the two"
                 )
+            self.id2label = {int(index): label for index, label in self.id2label.items()}
             if self.label2id is None:
                 self.label2id = {label: index for index, label in self.id2label.items()}
-            self.num_labels = len(self.id2label)
         self.validate()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -79,6 +81,8 @@ class Config:
         if name == "num_labels" and isinstance(value, int) and len(self.id2label or ()) != value:
             self.id2label = {index: f"LABEL_{index}" for index in range(value)}
             self.label2id = {label: index for index, label in self.id2label.items()}
+        if name == "id2label" and value is not None and "extra" in self.__dict__:  # __init__ compares the two
+            super().__setattr__("num_labels", len(value))
 
     def validate(self) -> None:
         """Check every value; models do so again before they are built.
@@ -102,6 +106,9 @@ class Config:
                 raise ValueError(
                     f"pad_token_id must be less than vocab_size {self.vocab_size}, got {self.pad_token_id}"
                 )
+        for f in fields(self):
+            if isinstance(f.default, bool):
+                check_choice(f.name, getattr(self, f.name), (True, False))
         if self.add_cross_attention and not self.is_decoder:
             raise ValueError("add_cross_attention needs is_decoder True, got False")
         check_choice("problem_type", self.problem_type, (None, *PROBLEM_TYPES))

@@ -13,7 +13,7 @@ from .cache import Cache
 from .config import ConvBertConfig
 from .inputs import additive_mask, check_devices, check_encoder_states, check_inputs, expand_head_mask
 from .layers import Embeddings, Encoder, EncoderLayer, PredictionTransform, SeparableConv1D
-from .model import Model, choose, maybe_tuple
+from .model import Model, check_same_size, choose, maybe_tuple
 from .outputs import ModelOutput
 
 
@@ -181,6 +181,7 @@ class ConvBertForMaskedLM(heads.MaskedLM, ConvBertPreTrainedModel):
         return self.generator_lm_head
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
+        check_same_size(self.generator_lm_head, value)
         self.generator_lm_head = value
 
     def tie_weights(self) -> None:

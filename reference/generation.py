@@ -164,7 +164,7 @@ def generate_tokens(
         )
     eos = _token_list("eos_token_id", config.eos_token_id if eos_token_id is None else eos_token_id, config.vocab_size)
     pad = config.pad_token_id if pad_token_id is None else pad_token_id
-    _token_list("pad_token_id", pad, config.vocab_size)
+    _token_list("pad_token_id", None if pad is None else [pad], config.vocab_size)
     if eos and pad is None and B > 1:
         raise ValueError("a batch whose rows end at eos_token_id needs pad_token_id to fill them, got None")
     given = _check_streams(model, B, S, streams)

@@ -123,7 +123,9 @@ class CausalLM(HeadModel):
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         check_labels(labels, tuple(logits.shape[:-1]))
-        return class_loss(logits[:, :-1], labels[:, 1:])
+        # Over a vocabulary, half precision leaves a loss two digits; transformers computes this one in fp32 too.
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return class_loss(wide[:, :-1], labels[:, 1:])
 
 
 class NextSentencePrediction(HeadModel):
@@ -227,7 +229,8 @@ class QuestionAnswering(Model):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> Any:
-        """The arguments of the base model, and the positions, (B,) or (B, 1); those outside the sequence are ignored.
+        """The arguments of the base model, and the positions, (B,) or (B, 1): those of S or more are ignored, negative
+        ones count as 0.
 
         Raises:
             ValueError, TypeError, IndexError: as the base model; positions of a wrong shape.
@@ -281,10 +284,16 @@ def class_loss(logits: Tensor, labels: Tensor, name: str = "labels") -> Tensor:
 
 
 def position_loss(name: str, logits: Tensor, positions: Tensor) -> Tensor:
-    """The cross-entropy of positions, (B,) or (B, 1), against logits (B, S); a position of S or more is ignored."""
+    """The cross-entropy of positions, (B,) or (B, 1), against logits (B, S); a position of S or more is ignored.
+
+    Raises:
+        ValueError: another shape. TypeError: positions that are not integers.
+    """
     B, S = logits.shape
     if tuple(positions.shape) not in ((B,), (B, 1)):
         raise ValueError(f"{name} must have shape (B,) = {(B,)}, got {tuple(positions.shape)}")
+    if positions.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} must be an int64 or int32 tensor, got {positions.dtype}")
     return F.cross_entropy(logits, positions.reshape(B).long().clamp(0, S), ignore_index=S)
 
 

@@ -173,7 +173,8 @@ def additive_mask(
         mask = attention_mask[:, None, :, :]
     elif len(shape) == 4 and all(n in (1, size) for n, size in zip(shape, scores, strict=True)):
         if attention_mask.is_floating_point():
-            return attention_mask.to(dtype)
+            # Finite in `dtype` too, as those made here: a row that may not see any key is uniform.
+            return attention_mask.to(dtype).clamp(min=torch.finfo(dtype).min)
         mask = attention_mask
     else:
         raise ValueError(
@@ -190,10 +191,10 @@ def causal_mask(Sq: int, Sk: int, device: torch.device) -> Tensor:
 
 
 def check_mask_values(name: str, attention_mask: Tensor) -> None:
-    """Raise ValueError, on the CPU, for an integer mask with other values than 1 and 0 (lengths, say)."""
-    if attention_mask.is_floating_point() or not can_look_at(attention_mask):
+    """Raise ValueError, on the CPU, for values below 0 or above 1: lengths, say, or a mask that is already additive."""
+    if not can_look_at(attention_mask):
         return
-    low, high = (int(value) for value in attention_mask.aminmax())
+    low, high = (value.item() for value in attention_mask.aminmax())
     if low < 0 or high > 1:
         raise ValueError(f"{name} must have values 1 and 0, got values from {low} to {high}")
 

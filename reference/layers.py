@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.utils.checkpoint
@@ -182,6 +182,11 @@ class EncoderLayer(nn.Module):
         past_key_values: Cache | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(B, S, C) -> (B, S, C), and the probabilities (B, H, Sq, Sk) of attention and cross-attention, or None."""
+        size = self.chunk_size_feed_forward
+        if size and hidden_states.shape[1] % size:  # before the cache gets what a failed call leaves in it
+            raise ValueError(
+                f"the sequence length must be divisible by chunk_size_feed_forward {size}, got {hidden_states.shape[1]}"
+            )
         attended, probabilities = self.attention(
             hidden_states, attention_mask, head_mask, output_attentions, past_key_values=past_key_values
         )
@@ -190,13 +195,8 @@ class EncoderLayer(nn.Module):
             attended, cross_probabilities = self.crossattention(
                 attended, encoder_attention_mask, head_mask, output_attentions, encoder_hidden_states, past_key_values
             )
-        size = self.chunk_size_feed_forward
         if size == 0:
             return self.output(self.intermediate(attended), attended), probabilities, cross_probabilities
-        if attended.shape[1] % size:
-            raise ValueError(
-                f"the sequence length must be divisible by chunk_size_feed_forward {size}, got {attended.shape[1]}"
-            )
         chunks = [self.output(self.intermediate(chunk), chunk) for chunk in attended.split(size, dim=1)]
         return torch.cat(chunks, dim=1), probabilities, cross_probabilities
 
@@ -208,6 +208,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList(layers)
         self.gradient_checkpointing = False
+        self.checkpoint_options: dict[str, Any] = {"use_reentrant": False}
 
     def forward(
         self,
@@ -237,8 +238,9 @@ class Encoder(nn.Module):
                 encoder_hidden_states,
                 encoder_attention_mask,
             )
-            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                outputs = torch.utils.checkpoint.checkpoint(layer, *arguments, use_reentrant=False)
+            checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+            if checkpointing and past_key_values is None:
+                outputs = torch.utils.checkpoint.checkpoint(layer, *arguments, **self.checkpoint_options)
             else:
                 outputs = layer(*arguments, past_key_values)
             hidden_states, probabilities, cross_probabilities = outputs

@@ -45,7 +45,12 @@ class Model(nn.Module):
         return self.base_model.embeddings.word_embeddings  # type: ignore[union-attr,return-value]
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the word embeddings; call `tie_weights` after it if the decoder shares them."""
+        """Replace the word embeddings; call `tie_weights` after it if the decoder shares them.
+
+        Raises:
+            ValueError: embeddings of another size.
+        """
+        check_same_size(self.get_input_embeddings(), value)
         self.base_model.embeddings.word_embeddings = value  # type: ignore[union-attr]
 
     def get_output_embeddings(self) -> nn.Linear | None:
@@ -56,7 +61,7 @@ class Model(nn.Module):
         """Replace the layer that maps to the vocabulary.
 
         Raises:
-            ValueError: this model has none.
+            ValueError: this model has none, or one of another size.
         """
         raise ValueError(f"{type(self).__name__} has no output embeddings to replace")
 
@@ -73,7 +78,8 @@ class Model(nn.Module):
             new_num_tokens: the new size; the first rows are kept. None: the size as it is, or its next multiple.
             pad_to_multiple_of: round the size up to a multiple of this.
             mean_resizing: new rows are drawn around the mean of the old ones, with 1e-9 of their covariance; else
-                normally around 0 with the config's initializer_range. New biases are the mean of the old ones, or 0.
+                normally around 0 with the config's initializer_range. New biases are 0, but the mean of the old ones
+                with mean_resizing and untied embeddings, as in transformers.
 
         Returns:
             The word embeddings.
@@ -99,14 +105,21 @@ class Model(nn.Module):
         words.num_embeddings = size
         if output is not None:
             output.weight = words.weight if tied else _resized(output.weight, size, std)
-            output.bias = _resized(output.bias, size, None if mean_resizing else 0.0)
+            if output.bias is not None:
+                output.bias = _resized(output.bias, size, None if mean_resizing and not tied else 0.0)
             output.out_features = size
         self.config.vocab_size = size
         self.tie_weights()
         return words
 
-    def gradient_checkpointing_enable(self) -> None:
-        """In training, keep only what goes into a layer, and compute the layer again in the backward pass."""
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """In training, keep only what goes into a layer, and compute the layer again in the backward pass.
+
+        gradient_checkpointing_kwargs: arguments of `torch.utils.checkpoint.checkpoint`; use_reentrant is False if it is
+        not among them.
+        """
+        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        self.base_model.encoder.checkpoint_options = options  # type: ignore[union-attr]
         self.base_model.encoder.gradient_checkpointing = True  # type: ignore[union-attr]
 
     def gradient_checkpointing_disable(self) -> None:
@@ -146,6 +159,15 @@ def choose(value: bool | None, default: bool) -> bool:
 def maybe_tuple(output: Any, return_dict: bool) -> Any:
     """The output object, or its values as a tuple."""
     return output if return_dict else output.to_tuple()
+
+
+def check_same_size(old: nn.Embedding | nn.Linear, new: nn.Embedding | nn.Linear) -> None:
+    """Raise ValueError unless embeddings that replace others are as many and as wide."""
+    if new.weight.shape != old.weight.shape:
+        raise ValueError(
+            f"the new embeddings must have the (vocab_size, size) of the old, {tuple(old.weight.shape)}, got "
+            f"{tuple(new.weight.shape)}; resize_token_embeddings changes vocab_size"
+        )
 
 
 def _resized(old: Tensor, size: int, std: float | None) -> nn.Parameter:

@@ -54,7 +54,13 @@ class NextToken:
         return None if self.seed is None else torch.Generator(device).manual_seed(self.seed)
 
     def choose(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
-        """(B, V) -> (B,), int64."""
+        """(B, V) -> (B,), int64.
+
+        Raises:
+            ValueError: logits that are NaN, or none of which is finite: no token is likelier than another.
+        """
+        if not bool(logits.amax(-1).isfinite().all()):  # NaN, if one is
+            raise ValueError("the logits of the next token must be finite, got NaN or infinite ones from the model")
         if not self.do_sample:
             return logits.argmax(-1)
         probabilities = self.filter(logits).softmax(-1)

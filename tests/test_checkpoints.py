@@ -192,6 +192,19 @@ def test_tied_decoder(tmp_path):
         models.BertForMaskedLM.from_pretrained(tmp_path)
 
 
+def test_two_biases_of_the_decoder(tmp_path):
+    bias, of_decoder = "cls.predictions.bias", "cls.predictions.decoder.bias"
+    model = random_model("BertForMaskedLM", tie_word_embeddings=False)
+    model.save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda tensors: {**tensors, bias: tensors[bias] + 1, of_decoder: tensors[bias]})
+    again = quietly(models.BertForMaskedLM.from_pretrained, tmp_path)
+    assert torch.equal(outputs(again)[0], outputs(model)[0]), "as transformers 5 has it"
+    random_model("BertForMaskedLM").save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda tensors: {**tensors, of_decoder: tensors[bias] + 1})
+    with pytest.raises(ValueError, match=f"different values as {bias} and as {of_decoder}, but the config makes them"):
+        models.BertForMaskedLM.from_pretrained(tmp_path)
+
+
 def test_dtype(base):
     load = models.BertModel.from_pretrained
     assert load(base).dtype == torch.float32
@@ -212,6 +225,17 @@ def test_dtype(base):
     edit_config(base, torch_dtype="int8")
     with pytest.raises(ValueError, match=r"got 'int8' in config.json"):
         load(base)
+
+
+def test_device(base):
+    load = models.BertModel.from_pretrained
+    assert load(base).device == load(base, device="cpu").device == torch.device("cpu")
+    assert load(base, device="meta").device.type == "meta"
+    if torch.accelerator.is_available():
+        assert load(base, device=0).device == torch.device(0)
+    else:
+        with pytest.raises((RuntimeError, AssertionError)):  # of torch; not the CPU, for all that 0 is false
+            load(base, device=0)
 
 
 def test_a_config_in_the_place_of_the_folder_s(base):

@@ -48,6 +48,26 @@ def test_a_config_for_other_weights(base):
         models.BertModel.from_pretrained(base)
 
 
+def test_sizes_that_no_memory_holds(base):
+    edit_config(base, vocab_size=2**40)
+    with pytest.raises(
+        ValueError, match=r"word_embeddings.weight \(checkpoint \[40, 16\], config \[1099511627776, 16\]\)"
+    ):
+        models.BertModel.from_pretrained(base)
+
+
+def test_a_tied_parameter_that_does_not_fit(tmp_path):
+    random_model("BertForMaskedLM").save_pretrained(tmp_path)
+    decoder = "cls.predictions.decoder.weight"
+    for tensor, message in (
+        (torch.ones(41, 16), rf"has shapes that .*: {decoder} \(checkpoint \[41, 16\], config \[40, 16\]\)"),
+        (torch.ones(40, 16, dtype=torch.int8), rf"tensors, got {decoder} \(int8\)"),
+    ):
+        rewrite(tmp_path, lambda tensors, tensor=tensor: {**tensors, decoder: tensor})
+        with pytest.raises(ValueError, match=message):
+            models.BertForMaskedLM.from_pretrained(tmp_path)
+
+
 def test_weights_of_another_family(base, tmp_path):
     config = CONFIGS["ConvBert"]
     with pytest.raises(ValueError, match="lacks parameters of the encoder of ConvBertModel"):
@@ -163,6 +183,7 @@ def test_an_index_that_names_what_is_not_there(base, form):
     [
         (b"{,}", r"config.json' is not JSON: .*; it starts with b'{,}'"),
         (b"\x80\x02}q\x00.", r"config.json' is not JSON"),
+        (b"[" * 100_000, r"config.json' is not JSON: maximum recursion depth"),
         (b"[1]", r"config.json' must hold a JSON object, got a list"),
         (b'{"model_type": "roberta"}', r"config.json': BertConfig needs model_type 'bert', got 'roberta'"),
         (b'{"hidden_size": 10}', r"config.json': hidden_size must be divisible by num_attention_heads, got 10 and 12"),

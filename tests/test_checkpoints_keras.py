@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -145,8 +146,25 @@ def test_files_that_are_no_hdf5(base, change, message):
         models.ConvBertForMaskedLM.from_pretrained(base)
 
 
+def test_damaged_files(base):
+    """Whatever byte is wrong, what is raised is no error of h5py."""
+    file = base / "tf_model.h5"
+    good, random, refused = file.read_bytes(), Random(0), 0
+    for _ in range(60):
+        data = bytearray(good)
+        for _ in range(5):
+            data[random.randrange(20_000)] = random.randrange(256)
+        file.write_bytes(data)
+        try:
+            models.ConvBertForMaskedLM.from_pretrained(base)
+        except ValueError as error:
+            assert str(base) in str(error)
+            refused += 1
+    assert refused > 20
+
+
 QUERY = "convbert/tf_conv_bert/convbert/encoder/layer_._1/attention/self/query/kernel:0"
-WORDS = "convbert/tf_conv_bert/convbert/embeddings/word_embeddings/weight:0"
+TIED = "generator_lm_head/tf_conv_bert/convbert/embeddings/word_embeddings/weight:0"  # Keras stores it twice
 
 
 def set_dataset(file, name: str, value) -> None:
@@ -164,7 +182,7 @@ def set_dataset(file, name: str, value) -> None:
         ),
         (
             lambda file: set_dataset(file, QUERY, torch.zeros(16).numpy()),
-            r"kernel must have 2 dimensions, got shape",
+            r"has shapes that are not .*query.weight \(checkpoint \[16\], config \[8, 16\]\)$",
         ),
         (lambda file: file.pop(QUERY), "lacks parameters of the encoder .*: convbert.encoder.layer.1.attention.self.q"),
         (
@@ -173,9 +191,16 @@ def set_dataset(file, name: str, value) -> None:
         ),
         (lambda file: set_dataset(file, QUERY, torch.zeros(16, 8).long().numpy()), r"query.weight \(int64\)"),
         (
-            lambda file: file.create_dataset(f"generator_lm_head/{WORDS.partition('/')[2]}", data=torch.ones(40, 8)),
+            lambda file: file.create_dataset(TIED, data=torch.ones(40, 8)),
             "holds different values of convbert.embeddings.word_embeddings.weight, one of them as generator_lm_head/",
         ),
+        (
+            lambda file: file.create_dataset(TIED, shape=(2**30, 2**10), dtype="f4", chunks=(64, 64)),  # nothing in it
+            "holds different values of convbert.embeddings.word_embeddings.weight, one of them as generator_lm_head/",
+        ),
+        (lambda file: file.create_dataset(TIED, shape=(40, 8), dtype=h5py.string_dtype()), "holds different values of"),
+        (lambda file: set_dataset(file, QUERY, h5py.Empty("f4")), "tf_model.h5' is truncated or corrupted"),
+        (lambda file: file.create_dataset(b"convbert/\xff", data=1.0), "tf_model.h5' is truncated or corrupted"),
         (lambda file: file.move("convbert", "bert"), "has no weights under 'convbert/': of TensorFlow's classes only"),
     ],
 )

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
+import tarfile
+import weakref
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoint_folders import CLASSES, outputs, quietly, random_model, shard, to_bin
+from safetensors.torch import load_file
 
 import fastconv
 from fastconv import models
+from fastconv.checkpoints.pickled_tensors import open_pickle
 
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", "##a", "##b", "cat", "dog"]
 
@@ -197,6 +202,32 @@ def test_a_malicious_pickle_is_refused_and_not_executed(base, zipped, place, for
     assert mark.exists(), "the attack is one"
 
 
+@pytest.mark.filterwarnings("ignore:'torch.load' received a zip file that looks like a TorchScript archive")
+def test_formats_that_could_run_code_are_refused(base, tmp_path):
+    mark = tmp_path / "attacked"
+    parts = {
+        "sys_info": {"protocol_version": 1000, "little_endian": True},
+        "pickle": Attack(os.system, f"touch '{mark}'"),
+        "tensors": 0,
+        "storages": 0,
+    }
+    (base / "model.safetensors").unlink()
+    file = base / "pytorch_model.bin"
+    with tarfile.open(file, "w:", format=tarfile.PAX_FORMAT) as archive:
+        for name, content in parts.items():
+            data = pickle.dumps(content, 2)
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"pytorch_model.bin' is refused: a tar or TorchScript archive could run"):
+            models.BertModel.from_pretrained(base)
+        save_bin(base, {})
+        with zipfile.ZipFile(file, "a") as archive:
+            archive.writestr("pytorch_model/constants.pkl", b"")  # by which torch knows TorchScript's
+    assert not mark.exists()
+
+
 @pytest.mark.parametrize("function", [eval, exec, open, torch.load, torch.hub.load], ids=lambda f: f.__name__)
 def test_functions_that_could_harm_are_refused(base, function):
     save_bin(base, {"weight": Attack(function, "1")})
@@ -221,6 +252,27 @@ def test_contents_that_are_no_weights(base, content, message):
     save_bin(base, content)
     with pytest.raises(ValueError, match=message):
         models.BertModel.from_pretrained(base)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_tensors_that_are_no_plain_ones(base):
+    state = load_file(base / "model.safetensors")
+    name = "pooler.dense.weight"
+    save_bin(base, {**state, name: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])})
+    with pytest.raises(ValueError, match=rf"what is no named tensor: '{name}' \(a tensor, nested, on cpu\)"):
+        models.BertModel.from_pretrained(base)
+    parameter = torch.nn.Parameter(torch.ones(16, 16))
+    parameter.detach = "a name of torch's"  # as a pickle can have it
+    save_bin(base, {**state, name: parameter})
+    assert (models.BertModel.from_pretrained(base).pooler.dense.weight == 1).all()
+
+
+def test_tensors_are_freed_once_they_are_taken(base):
+    """The older format is read into memory as a whole; a model that is filled from it takes its place bit by bit."""
+    with open_pickle(to_bin(base, zipped=False)) as stored:
+        taken = weakref.ref(stored.pop("pooler.dense.weight").read.args[0])
+        kept = weakref.ref(stored["pooler.dense.bias"].read.args[0])
+        assert taken() is None and kept() is not None
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,23 @@ def test_parameters_in_one_memory_are_saved_apart(tmp_path):
     model.to("meta")
     with pytest.raises(ValueError, match="is on the meta device, expected data to save"):
         model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("size", ["5GB", 4000])
+def test_two_parameters_of_one_memory(size, tmp_path):
+    model = random_model("BertForMaskedLM", tie_word_embeddings=False)
+    model.cls.predictions.decoder.weight = torch.nn.Parameter(model.get_input_embeddings().weight.data)
+    model.save_pretrained(tmp_path, max_shard_size=size)
+    again = quietly(models.BertForMaskedLM.from_pretrained, tmp_path)
+    assert torch.equal(outputs(again)[0], outputs(model)[0])
+    assert again.get_output_embeddings().weight is not again.get_input_embeddings().weight
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no permissions of POSIX here")
+def test_the_files_are_readable_as_others_that_one_writes(tmp_path):
+    (tmp_path / "other").write_text("")
+    random_model("BertModel").save_pretrained(tmp_path)
+    assert {file.stat().st_mode for file in tmp_path.iterdir()} == {(tmp_path / "other").stat().st_mode}
 
 
 def test_a_save_that_fails_leaves_the_old_checkpoint(base, monkeypatch):
@@ -143,3 +161,11 @@ def test_sizes_that_are_none(base, size, error, message):
     with pytest.raises(error, match=message):
         random_model("BertModel").save_pretrained(base, max_shard_size=size)
     assert {file.name: file.read_bytes() for file in base.iterdir()} == before
+
+
+def test_embeddings_that_are_no_longer_tied(tmp_path):
+    model = random_model("BertForMaskedLM")
+    model.bert.resize_token_embeddings(50)  # of the encoder alone: the head's layer stays as it was
+    with pytest.raises(ValueError, match=r"tie_word_embeddings is True, but .* call tie_weights\(\), or resize"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())

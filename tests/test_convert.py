@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from checkpoint_folders import outputs, quietly, random_model
+from checkpoint_folders import edit_config, outputs, quietly, random_model
 from original_checkpoints import CASES, DATA, StandIn, give, golden_variables, needs_tensorflow, original, stand_in
 from safetensors.torch import load_file
 
@@ -159,7 +159,10 @@ def test_a_finetuned_checkpoint_tells_what_it_leaves_out(monkeypatch, tmp_path, 
     task = {f"task_specific/cola/dense/{leaf}": np.ones(2, np.float32) for leaf in ("kernel", "bias")}
     prefix = give(monkeypatch, tmp_path, {**with_training_state(original(model)), **task}, model.config)
     assert convert_checkpoint(prefix, tmp_path / "out").left_out == sorted(task)
+    edit_config(tmp_path, torch_dtype="float16")  # as older versions of transformers have it
     code, out, err = tiny.run(capsys, "convert", prefix, tmp_path / "cli")
+    written = json.loads((tmp_path / "cli" / "config.json").read_text())
+    assert written["dtype"] == "float32" and "torch_dtype" not in written
     assert (code, err) == (0, "")
     assert "ConvBertModel, " in out and "left out: 2 variables, of task_specific/cola/dense\n" in out
     files = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("out", "cli")]

@@ -39,6 +39,7 @@ def test_files_that_tensorflow_can_not_read(tmp_path):
         ({"head_ratio": 1}, r"head_ratio must be 2 .* got 1 and 4"),
         ({"num_attention_heads": 1}, r"num_attention_heads even, got 2 and 1: .* = 16 channels, .* library 8"),
         ({"conv_type": "noconv"}, r"conv_type must be 'sdconv', .* got 'noconv'"),
+        ({"linear_groups": "2", "num_groups": 2}, "linear_groups and num_groups are one, got '2' and 2"),
         ({"linear_groups": 1, "num_groups": 2}, "linear_groups and num_groups are one, got 1 and 2"),
         ({"conv_kernel_size": 4}, "conv_kernel_size must be odd, got 4"),
         ({"model_type": "bert"}, "ConvBertConfig needs model_type 'convbert', got 'bert'"),
@@ -110,6 +111,10 @@ def test_finding_the_checkpoint(monkeypatch, tmp_path):
         assert convert_checkpoint(given, tmp_path / "out").model_class == "ConvBertModel"
     with pytest.raises(FileNotFoundError, match=r"no TensorFlow checkpoint '.*model.ckpt-8': expected model.ckpt-8.in"):
         convert_checkpoint(folder / "model.ckpt-8", tmp_path / "out")
+    with pytest.raises(
+        FileNotFoundError, match=r"expected model.ckpt.index .* in '.*nowhere'; there is no such folder"
+    ):
+        convert_checkpoint(tmp_path / "nowhere" / "model.ckpt", tmp_path / "out")
     (folder / "model.ckpt-8.index").touch()
     with pytest.raises(ValueError, match=r"holds several checkpoints, expected .* one: model.ckpt-7, model.ckpt-8"):
         convert_checkpoint(folder, tmp_path / "out")

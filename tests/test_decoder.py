@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from unittest import mock
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from decoders import BATCH, KINDS, NAMES, cut, decoder, encoder_inputs, positions, prompts, step_by_step
 
 from fastconv import reference
@@ -177,6 +179,16 @@ def test_a_decoder_with_cross_attention_runs_without_an_encoder():
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_head_mask_counts_in_cross_attention_too(name):
+    model = decoder(name, cross=True)
+    mask = torch.tensor([[0.0, 1.0, 1.0, 0.5], [1.0, 0.0, 1.0, 1.0]], dtype=torch.float64)
+    output = model(**all_inputs(model), head_mask=mask, output_attentions=True)
+    for attentions in (output.attentions, output.cross_attentions):
+        for layer in range(2):
+            torch.testing.assert_close(attentions[layer].sum(-1), mask[layer, None, :, None].expand(BATCH, 4, 9))
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_gradients_through_a_cache_equal_those_of_the_full_forward(name):
     model = decoder(name, "relative_key_query", cross=True)
     inputs = all_inputs(model)
@@ -232,6 +244,22 @@ def test_gradient_checkpointing_changes_nothing(name, kind):
     assert model.eval()(**inputs).past_key_values.get_seq_length() == 9
     model.train().gradient_checkpointing_disable()
     assert run(False)[2] == 1
+    # As transformers' Trainer enables it; the reentrant kind needs an input with a gradient.
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    embedded = model.get_input_embeddings()(inputs.pop("input_ids"))
+    with mock.patch.object(torch.utils.checkpoint, "checkpoint", wraps=torch.utils.checkpoint.checkpoint) as called:
+        model(**inputs, inputs_embeds=embedded).logits.sum().backward()
+    assert all(call.kwargs == {"use_reentrant": True} for call in called.call_args_list) and called.call_count > 0
+
+
+def test_an_encoder_that_trains_alone_still_uses_the_cache():
+    model = decoder(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    inputs = prompts(model, padding=False)
+    model.gradient_checkpointing_enable()
+    model.base_model.encoder.train()
+    cache = filled_cache(model, inputs)
+    logits = model(**cut(inputs, 5, 9), past_key_values=cache).logits
+    torch.testing.assert_close(logits, model(**inputs, use_cache=False).logits[:, 5:], **EXACT)
 
 
 def test_when_there_is_a_cache():
@@ -293,6 +321,29 @@ def test_loss_is_that_of_the_next_token():
     torch.testing.assert_close(model(**inputs, labels=labels).loss, torch.stack(terms).mean(), **EXACT)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_loss_of_what_follows_a_cache(name):
+    model = decoder(name)
+    inputs = prompts(model, padding=False)
+    cache = filled_cache(model, inputs)
+    output = model(**cut(inputs, 5, 9), past_key_values=cache, labels=inputs["input_ids"][:, 5:])
+    assert output.past_key_values is cache and cache.get_seq_length() == 9
+    labels = inputs["input_ids"].clone()
+    labels[:, :6] = -100  # the first token that follows is what the cache alone would predict
+    torch.testing.assert_close(output.loss, model(**inputs, labels=labels).loss, **EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_loss_in_half_precision_is_not_rounded_to_it(dtype):
+    model = decoder().to(dtype)
+    inputs = prompts(model)
+    logits = model(**inputs).logits.double()
+    loss = model(**inputs, labels=inputs["input_ids"]).loss
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["input_ids"][:, 1:].flatten())
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0.0)
+
+
 def test_select_reorders_the_rows_of_a_cache():
     model = decoder(cross=True)
     inputs = all_inputs(model, padding=False)
@@ -343,9 +394,8 @@ def test_past_key_values_of_another_type(cache):
 def test_cache_where_there_can_be_none():
     model = decoder()
     inputs = prompts(model)
-    for arguments in ({"use_cache": False}, {"labels": inputs["input_ids"]}):
-        with pytest.raises(ValueError, match="past_key_values needs use_cache True, got False"):
-            model(**inputs, **arguments, past_key_values=reference.Cache())
+    with pytest.raises(ValueError, match="past_key_values needs use_cache True, got False"):
+        model(**inputs, use_cache=False, past_key_values=reference.Cache())
     model.config.is_decoder = False
     with pytest.raises(ValueError, match="past_key_values needs a config with is_decoder True, got False"):
         model(**inputs, past_key_values=reference.Cache())
@@ -361,6 +411,17 @@ def test_cached_sequence_longer_than_the_model(name, kind):
     with pytest.raises(ValueError, match=r"at most max_position_embeddings 9, got 9 cached \+ 1; truncate the input"):
         model(**more, past_key_values=cache)
     assert cache.get_seq_length() == 9
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_length_that_can_not_be_chunked_leaves_the_cache_as_it_was(layers):
+    model = decoder(num_hidden_layers=layers, chunk_size_feed_forward=3)
+    inputs = prompts(model, padding=False)
+    cache = filled_cache(model, inputs, 3)
+    with pytest.raises(ValueError, match="divisible by chunk_size_feed_forward 3, got 2"):
+        model(**cut(inputs, 3, 5), past_key_values=cache)
+    logits = model(**cut(inputs, 3, 9), past_key_values=cache).logits
+    torch.testing.assert_close(logits, model(**inputs).logits[:, 3:], **EXACT)
 
 
 def test_mask_that_leaves_the_cached_tokens_out():

@@ -386,6 +386,7 @@ PROMPT = torch.tensor([[5, 6, 7], [8, 9, 10]])
         ({"eos_token_id": [3, -1]}, ValueError, "eos_token_id must be at least 0, got -1"),
         ({"eos_token_id": "3"}, TypeError, "eos_token_id must be an int, got '3'"),
         ({"pad_token_id": 41}, ValueError, "pad_token_id must be less than vocab_size 41, got 41"),
+        ({"pad_token_id": [1]}, TypeError, "pad_token_id must be an int, got [1]"),
         ({"encoder_hidden_states": torch.zeros(2, 4, 16)}, ValueError, "is_decoder and add_cross_attention True"),
         (
             {"encoder_attention_mask": torch.ones(2, 4)},
@@ -455,3 +456,12 @@ def test_bad_streams_of_roc_bert(change, error, message):
     assert model.generate(PROMPT, **inputs).shape == (2, 23)
     with pytest.raises(error, match=re.escape(message)):
         model.generate(PROMPT, **inputs | change)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_logits_that_are_not_numbers(do_sample):
+    model = decoder()
+    with torch.no_grad():
+        model.get_output_embeddings().bias[3] = float("nan")
+    with pytest.raises(ValueError, match="logits of the next token must be finite, got NaN"):
+        model.generate(torch.tensor([[5, 6]]), do_sample=do_sample, max_new_tokens=2)

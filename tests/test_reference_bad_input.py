@@ -59,11 +59,11 @@ def test_tensors_on_another_device(model, argument):
         model(**given)
 
 
-@pytest.mark.parametrize("value", [2, -1])
+@pytest.mark.parametrize("value", [2, -1, 1.5, -10000.0, -torch.inf])
 def test_mask_values(model, value):
-    mask = ids(2, 5, value=1)
-    mask[0, 3] = value
-    with pytest.raises(ValueError, match=rf"attention_mask must have values 1 and 0, got values from .*{value}"):
+    mask = torch.full((2, 5), value)
+    mask[1, 3] = 1
+    with pytest.raises(ValueError, match=rf"attention_mask must have values 1 and 0, got values from .*{value}( |$)"):
         model(ids(2, 5), attention_mask=mask)
 
 
@@ -143,6 +143,9 @@ def test_ids_and_embeddings_of_wrong_shape(model):
 def test_choices_without_their_dimension(name):
     with pytest.raises(ValueError, match=r"input_ids must have 3 dimensions, \(B, choices, S, ...\), got \(2, 5\)"):
         build(name)(ids(2, 5))
+    for shape in ((2, 3, 5), (3, 2, 5)):
+        with pytest.raises(ValueError, match=r"attention_mask must begin with \(B, choices\) = \(2, 2\), got"):
+            build(name)(ids(2, 2, 5), attention_mask=ids(*shape, value=1))
 
 
 def test_sequence_longer_than_the_positions(model):
@@ -150,6 +153,13 @@ def test_sequence_longer_than_the_positions(model):
     with pytest.raises(ValueError, match="at most max_position_embeddings 12, got 13; truncate"):
         model(ids(2, 13))
     assert model(ids(2, 13), position_ids=ids(1, 13))[0].shape == (2, 13, 16)  # explicit positions may repeat
+
+
+def test_relative_positions_do_not_reach_further_than_their_table():
+    model = build("BertModel", position_embedding_type="relative_key")
+    assert model(ids(2, 12))[0].shape == (2, 12, 16)
+    with pytest.raises(ValueError, match=r"at most max_position_embeddings 12, got 13; truncate the input$"):
+        model(ids(2, 13), position_ids=ids(1, 13))
 
 
 def test_sequence_not_a_multiple_of_the_chunks():
@@ -194,6 +204,8 @@ def test_labels_of_wrong_dtype(name):
 def test_question_answering(name):
     with pytest.raises(ValueError, match=r"start_positions must have shape \(B,\) = \(2,\), got \(3,\)"):
         build(name)(ids(2, 5), start_positions=ids(3), end_positions=ids(2))
+    with pytest.raises(TypeError, match=r"end_positions must be an int64 or int32 tensor, got torch\.float32"):
+        build(name)(ids(2, 5), start_positions=ids(2), end_positions=ids(2).float())
     with pytest.raises(ValueError, match=r"num_labels must be 2 .* got 3"):
         build(name, id2label=None, num_labels=3)
 
@@ -236,6 +248,10 @@ def test_config_value_of_wrong_type():
         BertConfig(hidden_size="768")
     with pytest.raises(TypeError, match="hidden_dropout_prob must be a number, got None"):
         BertConfig(hidden_dropout_prob=None)
+    with pytest.raises(TypeError, match=r"id2label must be a dict or None, got \['a'\]"):
+        BertConfig.from_dict({"id2label": ["a"]})
+    with pytest.raises(ValueError, match="is_decoder must be one of True, False, got 'no'"):
+        BertConfig(is_decoder="no")
     with pytest.raises(TypeError, match=r"a config must be a JSON object \(a dict\), got list"):
         BertConfig.from_dict([])
 
@@ -252,6 +268,29 @@ def test_config_changed_to_a_bad_value_is_found_when_a_model_is_built():
     config.hidden_act = "gleu"
     with pytest.raises(ValueError, match="got 'gleu'"):
         reference.BertModel(config)
+
+
+def test_labels_that_are_set_later_are_counted():
+    config = BertConfig(**SIZES)
+    config.id2label = {0: "a", 1: "b", 2: "c"}
+    assert config.num_labels == 3 and reference.BertForSequenceClassification(config).classifier.out_features == 3
+    assert BertConfig.from_dict(config.to_dict()).id2label == config.id2label
+
+
+@pytest.mark.parametrize("name", ["BertForPreTraining", "RoCBertForMaskedLM", "ConvBertForMaskedLM"])
+@pytest.mark.parametrize("place", ["input", "output"])
+def test_embeddings_of_another_size(name, place):
+    model = build(name)
+    size = model.get_input_embeddings().embedding_dim
+    for shape in ((31, size), (30, size + 1)):
+        new = torch.nn.Embedding(*shape) if place == "input" else torch.nn.Linear(*shape[::-1])
+        with pytest.raises(ValueError, match=rf"must have .*\(30, {size}\), got \({shape[0]}, {shape[1]}\); resize"):
+            getattr(model, f"set_{place}_embeddings")(new)
+    assert model(ids(2, 5))[0].shape == (2, 5, 30)
+    if place == "output":
+        model.set_output_embeddings(torch.nn.Linear(size, 30, bias=False))
+        model.resize_token_embeddings(33)
+        assert model(ids(2, 5, value=32))[0].shape == (2, 5, 33)
 
 
 def test_pruned_heads_are_not_supported():

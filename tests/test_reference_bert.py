@@ -108,6 +108,56 @@ def test_decoder_is_tied_to_the_embeddings(tied):
     assert (model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight) == tied
 
 
+def test_model_without_a_pooler():
+    pooled, ids = small(), torch.randint(0, 30, (2, 5))
+    model = reference.BertModel(pooled.config, add_pooling_layer=False).eval()
+    assert model.pooler is None
+    model.load_state_dict({name: value for name, value in pooled.state_dict().items() if "pooler" not in name})
+    output = model(ids)
+    assert output.pooler_output is None and list(output) == ["last_hidden_state"]
+    assert torch.equal(output[0], pooled(ids)[0])
+
+
+def test_pretraining_has_a_loss_only_with_both_labels():
+    model, ids = small(reference.BertForPreTraining), torch.randint(0, 30, (2, 5))
+    labels, following = torch.tensor([[4, -100, 3, 2, -100], [-100, 1, 1, 0, 29]]), torch.tensor([1, 0])
+    assert model(ids, labels=labels).loss is None and model(ids, next_sentence_label=following).loss is None
+    output = model(ids, labels=labels, next_sentence_label=following)
+    kept = labels != -100
+    words = output.prediction_logits[kept].log_softmax(-1)[range(7), labels[kept]].mean()
+    pairs = output.seq_relationship_logits.log_softmax(-1)[range(2), following].mean()
+    torch.testing.assert_close(output.loss, -words - pairs)
+    assert output[1] is output.prediction_logits and output[2] is output.seq_relationship_logits
+
+
+def test_next_sentence_prediction():
+    model, ids = small(reference.BertForNextSentencePrediction), torch.randint(0, 30, (2, 5))
+    assert model(ids).loss is None
+    output = model(ids, labels=torch.tensor([1, 0]))
+    assert output.logits.shape == (2, 2)
+    torch.testing.assert_close(output.loss, -output.logits.log_softmax(-1)[range(2), [1, 0]].mean())
+
+
+def test_head_mask_takes_what_a_head_gives_away():
+    model, ids = small(initializer_range=0.3), torch.randint(0, 30, (2, 5))
+    row = torch.tensor([1, 0, 1, 0])
+    assert torch.equal(model(ids, head_mask=row)[0], model(ids, head_mask=torch.stack([row, row]))[0])
+    assert torch.equal(model(ids, head_mask=torch.ones(2, 4))[0], model(ids)[0])
+    masked = model(ids, head_mask=torch.stack([torch.ones(4), row]))[0]
+    columns = model.encoder.layer[1].attention.output.dense.weight.data.view(16, 4, 4)
+    columns[:, 1::2] = 0
+    torch.testing.assert_close(model(ids)[0], masked)
+
+
+def test_gradient_checkpointing_leaves_no_cache():
+    model, ids = small(reference.BertLMHeadModel, is_decoder=True), torch.randint(0, 30, (2, 5))
+    model.gradient_checkpointing_enable()
+    assert model(ids).past_key_values is not None
+    assert model.train()(ids, use_cache=True).past_key_values is None
+    with pytest.raises(ValueError, match="past_key_values can't be used while gradient checkpointing trains"):
+        model(ids, past_key_values=reference.Cache())
+
+
 def test_masks_that_mean_the_same_give_the_same():
     model, ids = small(), torch.randint(0, 30, (2, 5))
     assert torch.equal(model(ids)[0], model(ids, attention_mask=torch.ones(2, 5))[0])

@@ -70,7 +70,7 @@ def test_contrastive_loss_by_its_definition():
         for row, query in enumerate(queries):
             scores = torch.stack([100 * F.cosine_similarity(query, key, dim=0) for key in attack])
             total += (scores.logsumexp(0) - scores[row]) / 8
-    loss = reference.roc_bert.contrastive_loss(text, original, attack)
+    loss = reference.roc_bert_heads.contrastive_loss(text, original, attack)
     torch.testing.assert_close(loss, total, rtol=1e-12, atol=0)
 
 

@@ -73,6 +73,14 @@ def test_fused_forwards_are_what_runs(source, family):
             infer(original)
 
 
+@pytest.mark.parametrize("head", ["Model", "ForMaskedLM"])
+@pytest.mark.parametrize("family", ["Bert", "RoCBert", "ConvBert"])
+def test_own_models_are_accelerated_from_construction(family, head):
+    config = build("reference", family + "Model").config.to_dict()
+    own = getattr(fastconv, family + head)(getattr(fastconv, family + "Config").from_dict(config))
+    assert not {type(module) for module in own.modules()} & set(fused_classes("reference", family))
+
+
 @models
 def test_fused_attention_runs_again_after_attentions_were_asked_for(source, family):
     original, fast = pair(source, family)

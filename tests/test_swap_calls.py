@@ -106,6 +106,20 @@ def test_minus_infinity_in_a_mask_gives_no_nan(source, family):
     assert y.isfinite().all() and x.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["Bert", "RoCBert", "ConvBert"])
+@pytest.mark.parametrize("number", [-torch.inf, LOWEST], ids=["-inf", "lowest"])
+def test_additive_masks_that_are_infinite_in_the_models_dtype(family, dtype, number):
+    """A row without a key is the average of the values, in the accelerated model too."""
+    original, fast = (model.to(dtype) for model in pair("reference", family))
+    mask = mask_of("4-D with an empty query")
+    inputs = {"input_ids": make_inputs()["input_ids"], "attention_mask": mask.masked_fill(mask == LOWEST, number)}
+    truth = infer(original.float(), inputs | {"attention_mask": (mask == 0)})
+    for key, value in infer(fast, inputs).items():
+        tolerance = {torch.float32: 1e-5, torch.float16: 0.02, torch.bfloat16: 0.1}[dtype]
+        assert (value.float() - truth[key]).abs().max() < tolerance * truth[key].abs().max()
+
+
 @pytest.mark.parametrize("family", ["Bert", "ConvBert"])
 def test_bool_masks_of_own_modules(family):
     """A row without a key is the average of the values, which scaled_dot_product_attention makes 0."""

@@ -7,10 +7,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from fastconv import reference
-from fastconv.checkpoints.loading import match_names
+from fastconv.checkpoints.loading import match_names, skeleton
 from fastconv.checkpoints.original_checkpoint import PARTS, find_prefix, read_config, read_variables
 from fastconv.checkpoints.saving import write_checkpoint
 from fastconv.checkpoints.stored_tensors import StoredTensor, listed
@@ -85,8 +83,7 @@ def convert_checkpoint(
 
 def _check(model_class: str, config: reference.ConvBertConfig, tensors: dict[str, StoredTensor], source: str) -> None:
     """Raise ValueError unless the tensors are exactly the parameters of a model with this config."""
-    with torch.device("meta"):
-        model = getattr(reference, model_class)(config)
+    model = skeleton(getattr(reference, model_class), config)
     if missing := match_names(model, tensors, source).missing:
         raise ValueError(f"{source} lacks parameters of {model_class}: {listed(missing)}")
 

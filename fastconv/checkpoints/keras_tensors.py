@@ -32,9 +32,15 @@ def open_keras(file: Path) -> Iterator[dict[str, StoredTensor]]:
         raise ValueError(f"{str(file)!r} {what_it_is(file)}; expected HDF5: {error}") from error
     with handle as opened:
         datasets: list[tuple[str, Any]] = []
-        # It follows no links, so that all that is read is in this file.
-        opened.visititems(lambda name, item: datasets.append((name, item)) if isinstance(item, h5py.Dataset) else None)
-        yield _named(file, datasets)
+        try:
+            # It follows no links, so that all that is read is in this file.
+            opened.visititems(
+                lambda name, item: datasets.append((name, item)) if isinstance(item, h5py.Dataset) else None
+            )
+            found = _named(file, datasets)
+        except (KeyError, OSError, RuntimeError, TypeError, UnicodeError) as error:  # by what is damaged
+            raise ValueError(f"{str(file)!r} {what_it_is(file)}; expected HDF5: {error}") from error
+        yield found
 
 
 def _named(file: Path, datasets: list[tuple[str, Any]]) -> dict[str, StoredTensor]:
@@ -51,9 +57,11 @@ def _named(file: Path, datasets: list[tuple[str, Any]]) -> dict[str, StoredTenso
             partial(_read, file, path, dataset),
             _GROUPED,
         )
-        if name not in found:
-            found[name] = tensor
-        elif not found[name].read().equal(tensor.read()):  # Keras stores what layers share with each of them
+        other = found.setdefault(name, tensor)
+        if other is tensor:
+            continue
+        # Keras stores what layers share with each of them.
+        if (other.shape, other.dtype) != (tensor.shape, tensor.dtype) or not other.read().equal(tensor.read()):
             raise ValueError(f"{str(file)!r} holds different values of {name}, one of them as {path}; expected one")
     if not any(name.startswith("convbert.") for name in found):
         raise ValueError(

@@ -53,7 +53,7 @@ class Match:
     unused: list[str]
 
 
-def match_names(model: nn.Module, stored: dict[str, StoredTensor], source: str) -> Match:
+def match_names(model: Any, stored: dict[str, StoredTensor], source: str) -> Match:
     """Match the names of a checkpoint to the parameters and buffers of a model.
 
     source: the folder, for errors
@@ -63,20 +63,18 @@ def match_names(model: nn.Module, stored: dict[str, StoredTensor], source: str) 
     """
     prefix = f"{model.base_model_prefix}."
     targets = model.state_dict(keep_vars=True)
-    by_target, unused = _find_targets(set(targets), prefix, stored, source)
+    found, unused = _find_targets(set(targets), prefix, stored, source)
+    if "cls.predictions.decoder.bias" in found and not model.config.tie_word_embeddings:
+        # Transformers 5 then does not tie the two: it computes with this one, and stores the other all the same.
+        found.pop("cls.predictions.bias", None)
+    by_target = {target: found[target] for target in targets if target in found}
     first_name: dict[int, str] = {}
     for name, tensor in targets.items():
         first_name.setdefault(id(tensor), name)
 
     stored_name: dict[str, str] = {}
-    for target in (name for name in targets if name in by_target):
-        name = by_target[target]
-        used = stored_name.setdefault(first_name[id(targets[target])], name)
-        if used != name and not _same(used, name, stored):
-            raise ValueError(
-                f"{source} holds different values as {used} and as {name}, but the config makes them one; "
-                "expected tie_word_embeddings false in config.json"
-            )
+    for target, name in by_target.items():
+        stored_name.setdefault(first_name[id(targets[target])], name)
     absent = [name for name in first_name.values() if name not in stored_name and not _BUFFERS.search(name)]
     in_encoder = [name for name in absent if not _is_head(name, prefix) and _CROSS_ATTENTION not in name]
     if in_encoder:
@@ -84,7 +82,14 @@ def match_names(model: nn.Module, stored: dict[str, StoredTensor], source: str) 
             f"{source} lacks parameters of the encoder of {type(model).__name__}: {listed(in_encoder)}; "
             f"it holds {listed(stored, 3)}"
         )
-    _check_kinds({name: (targets[name], stored[there]) for name, there in stored_name.items()}, source)
+    _check_kinds({name: (targets[name], stored[there]) for name, there in by_target.items()}, source)
+    for target, name in by_target.items():
+        used = stored_name[first_name[id(targets[target])]]
+        if used != name and not bool((stored[used].read() == stored[name].read()).all()):
+            raise ValueError(
+                f"{source} holds different values as {used} and as {name}, but the config makes them one; "
+                "expected tie_word_embeddings false in config.json"
+            )
     return Match(stored_name, absent, unused)
 
 
@@ -111,18 +116,11 @@ def _find_targets(
             f"{source} holds what no model with its config has: {listed(unknown)}; "
             "does config.json belong to these weights?"
         )
-    if "cls.predictions.decoder.bias" in by_target:
-        # Where transformers 5 does not tie the two it computes with this one, and stores the other all the same.
-        by_target.pop("cls.predictions.bias", None)
     return by_target, unused
 
 
 def _is_head(name: str, prefix: str) -> bool:
     return name.removeprefix(prefix).split(".")[0] in _HEADS
-
-
-def _same(name: str, other: str, stored: dict[str, StoredTensor]) -> bool:
-    return stored[name].shape == stored[other].shape and bool((stored[name].read() == stored[other].read()).all())
 
 
 def _check_kinds(pairs: dict[str, tuple[torch.Tensor, StoredTensor]], source: str) -> None:
@@ -147,6 +145,12 @@ class _NoRandomInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def skeleton(model_class: type[Any], config: Any) -> Any:
+    """A model that has names and shapes, but no memory."""
+    with torch.device("meta"), _NoRandomInit():
+        return model_class(config)
+
+
 def load_folder(
     model_class: type[Any],
     folder: Path,
@@ -162,16 +166,19 @@ def load_folder(
     in it that the model lacks. Raises what `open_tensors` and `match_names` do.
     """
     with open_tensors(folder) as stored:
-        with torch.device(device or "cpu"), _NoRandomInit():
+        # First without memory, so that sizes that belong to other weights are told before they are allocated.
+        match = match_names(skeleton(model_class, config), stored, repr(str(folder)))
+        chosen = choose_dtype(dtype, config, stored.values())
+        with torch.device("cpu" if device is None else device), _NoRandomInit():
             model = model_class(config)
-        match = match_names(model, stored, repr(str(folder)))
         if match.missing:
             model.init_weights()
-        model.to(dtype=choose_dtype(dtype, config, stored.values()))
+        model.to(dtype=chosen)
         targets = model.state_dict(keep_vars=True)
         with torch.no_grad():
             for target, name in match.stored_name.items():
-                targets[target].copy_(stored[name].read())
+                # What is popped is freed: where a file can't be mapped, its tensors are in memory until then.
+                targets[target].copy_(stored.pop(name).read())
     _warn(model, folder, match)
     return model.eval()
 

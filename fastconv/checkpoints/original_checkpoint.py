@@ -55,7 +55,7 @@ def _config(values: dict[str, Any]) -> reference.ConvBertConfig:
         raise ValueError(f"conv_type must be 'sdconv', the span-based dynamic convolution, got {conv_type!r}")
     groups = values.pop("linear_groups", None)
     if groups is not None and values.setdefault("num_groups", groups) != groups:
-        raise ValueError(f"linear_groups and num_groups are one, got {groups} and {values['num_groups']}")
+        raise ValueError(f"linear_groups and num_groups are one, got {groups!r} and {values['num_groups']!r}")
     if values.get("embedding_size") is None:
         values["embedding_size"] = values.get("hidden_size", reference.ConvBertConfig.hidden_size)
     values.setdefault("pad_token_id", 0)  # [PAD] is the first token of the original's vocab.txt

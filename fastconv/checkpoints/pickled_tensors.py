@@ -11,6 +11,7 @@ import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ from fastconv.checkpoints.stored_tensors import StoredTensor, listed, what_it_is
 
 # What torch's reader says of a function or class that it refuses.
 _REFUSED = re.compile(r"GLOBAL (\S+)")
+# And of the formats that it refuses as a whole: before torch 0.1.10 a tar archive, and TorchScript's.
+_REFUSED_FORMAT = "Cannot use ``weights_only=True`` with"
 
 
 @contextmanager
 def open_pickle(file: Path) -> Iterator[dict[str, StoredTensor]]:
-    """The tensors of a pytorch_model.bin by name, mapped into memory where the file allows it.
+    """The tensors of a pytorch_model.bin by name, mapped into memory where the file allows it, else read as a whole.
 
     Raises ValueError for a file that holds anything but a state dict, that is something else, or not whole.
     """
@@ -38,14 +41,16 @@ def open_pickle(file: Path) -> Iterator[dict[str, StoredTensor]]:
             f"{str(file)!r} holds what is no named tensor: {listed(kinds)}; expected a state dict: names and tensors. "
             "Of a training checkpoint, save the model's state dict alone"
         )
-    yield {
+    stored = {
         name: StoredTensor(
             tuple(tensor.shape),
             str(tensor.dtype).removeprefix("torch."),
-            tensor.detach,
+            partial(torch.Tensor.detach, tensor),  # a pickle may give a tensor a `detach` of its own
         )
         for name, tensor in content.items()
     }
+    del content  # so that a tensor is freed once it is taken out
+    yield stored
 
 
 def _load(file: Path) -> Any:
@@ -60,7 +65,9 @@ def _load(file: Path) -> Any:
         lines = [line.strip() for line in str(error).splitlines() if not line.startswith("Check the documentation")]
         why = next((line for line in reversed(lines) if line), type(error).__name__)
         what = what_it_is(file)
-        if isinstance(error, pickle.UnpicklingError) and "Git LFS" not in what:
+        if _REFUSED_FORMAT in str(error):
+            what = "is refused: a tar or TorchScript archive could run code"
+        elif isinstance(error, pickle.UnpicklingError) and "Git LFS" not in what:
             what = "is no pickle of tensors"
         raise ValueError(f"{str(file)!r} {what}; expected a state dict that torch.save wrote: {why:.200}") from error
 
@@ -78,11 +85,12 @@ def _is_plain(name: Any, value: Any) -> bool:
         isinstance(name, str)
         and isinstance(value, torch.Tensor)
         and value.layout is torch.strided
+        and not value.is_nested
         and value.device.type == "cpu"
     )
 
 
 def _kind(value: Any) -> str:
     if isinstance(value, torch.Tensor):
-        return f"a tensor, {value.layout}, on {value.device.type}"
+        return f"a tensor, {'nested' if value.is_nested else value.layout}, on {value.device.type}"
     return type(value).__name__

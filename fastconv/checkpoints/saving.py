@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +25,16 @@ _OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 def save_folder(model: Any, folder: str | os.PathLike[str], max_shard_size: int | str = MAX_SHARD_SIZE) -> None:
     """Write config.json and the parameters of a model, of tied ones the first.
 
-    Raises ValueError for a parameter without data, and see `write_checkpoint`.
+    Raises ValueError for a parameter without data, and for embeddings that the config ties but the model doesn't; and
+    see `write_checkpoint`.
     """
+    output = model.get_output_embeddings()
+    tied = output is None or output.weight is model.get_input_embeddings().weight
+    if model.config.tie_word_embeddings and not tied:
+        raise ValueError(
+            "tie_word_embeddings is True, but the output embeddings are not the word embeddings; call tie_weights(), "
+            "or resize_token_embeddings of the whole model, first"
+        )
     tensors: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -36,7 +44,6 @@ def save_folder(model: Any, folder: str | os.PathLike[str], max_shard_size: int 
             seen.add(id(tensor))
             tensors[name] = tensor.detach()
     config = model.config.to_dict()
-    config.pop("torch_dtype", None)  # the older name of dtype
     config["dtype"] = str(model.dtype).removeprefix("torch.")
     config["architectures"] = [type(model).__name__]
     write_checkpoint(folder, config, tensors, max_shard_size)
@@ -50,6 +57,7 @@ def write_checkpoint(
 ) -> None:
     """Write config.json and model.safetensors, or shards of at most `max_shard_size` and their index.
 
+    config: what config.json holds, less torch_dtype, the older name of dtype
     max_shard_size: in bytes, or such as "200MB"; a tensor that is larger gets a shard of its own
 
     What is in the folder is replaced only once all is written, and the safetensors of an older save are removed.
@@ -60,18 +68,30 @@ def write_checkpoint(
     shards = _split({name: tensor.nbytes for name, tensor in tensors.items()}, parse_size(max_shard_size))
     places: dict[str, str] = {}
     with replacing(folder, stale=_OURS) as temporary:
-        write_json(temporary / "config.json", config)
+        write_json(temporary / "config.json", {name: value for name, value in config.items() if name != "torch_dtype"})
         for number, names in enumerate(shards, start=1):
             place = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
             places.update(dict.fromkeys(names, place))
-            part = {name: tensors[name].cpu().contiguous() for name in names}
-            save_file(part, str(Path(temporary) / place), metadata={"format": "pt"})
+            save_file(_apart(tensors, names), str(temporary / place), metadata={"format": "pt"})
+            shutil.copymode(temporary / "config.json", temporary / place)  # safetensors 0.8 lets only its owner read it
         if len(shards) > 1:
             totals = {
                 "total_parameters": sum(tensor.numel() for tensor in tensors.values()),
                 "total_size": sum(tensor.nbytes for tensor in tensors.values()),
             }
             write_json(temporary / INDEX, {"metadata": totals, "weight_map": places})
+
+
+def _apart(tensors: Mapping[str, torch.Tensor], names: list[str]) -> dict[str, torch.Tensor]:
+    """These tensors as safetensors takes them: on the CPU, contiguous, no two in one memory."""
+    part: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name in names:
+        tensor = tensors[name].cpu().contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        part[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return part
 
 
 def _split(sizes: Mapping[str, int], most: int) -> list[list[str]]:
