@@ -20,6 +20,7 @@ _EXPORTS = {
     "backend": "fastconv.dispatch",
     "convert_checkpoint": "fastconv.checkpoints.convert",
     "pipeline": "fastconv.tasks",
+    "Packing": "fastconv.reference",
     **dict.fromkeys(
         ("BertTokenizer", "BertTokenizerFast", "ConvBertTokenizer", "ConvBertTokenizerFast", "RoCBertTokenizer"),
         "fastconv.tokenization",

@@ -18,10 +18,12 @@ from torch import nn
 from fastconv import dispatch
 from fastconv.nn._plain import original_class
 from fastconv.nn.attention import SelfAttention
-from fastconv.nn.feed_forward import GroupedLinear, Intermediate, PredictionTransform, ResidualOutput
+from fastconv.nn.feed_forward import Intermediate, PredictionTransform, ResidualOutput
+from fastconv.nn.grouped_linear import GroupedLinear
 from fastconv.nn.layer_norm import LayerNorm
 from fastconv.nn.mixed_attention import MixedAttention
 from fastconv.nn.packed_linear import unpack
+from fastconv.nn.separable_conv import ChannelsFirstSeparableConv1D, SeparableConv1D
 
 logger = logging.getLogger("fastconv")
 
@@ -41,6 +43,7 @@ _FORWARDS: dict[str, type] = {
     "fastconv.reference.layers.Intermediate": Intermediate,
     "fastconv.reference.layers.PredictionTransform": PredictionTransform,
     "fastconv.reference.layers.ResidualOutput": ResidualOutput,
+    "fastconv.reference.layers.SeparableConv1D": SeparableConv1D,
     f"{_BERT}.BertSelfAttention": SelfAttention,
     f"{_BERT}.BertSdpaSelfAttention": SelfAttention,
     f"{_BERT}.BertIntermediate": Intermediate,
@@ -49,6 +52,7 @@ _FORWARDS: dict[str, type] = {
     f"{_BERT}.BertOutput": ResidualOutput,
     f"{_CONVBERT}.ConvBertSelfAttention": MixedAttention,
     f"{_CONVBERT}.GroupedLinearLayer": GroupedLinear,
+    f"{_CONVBERT}.SeparableConv1D": ChannelsFirstSeparableConv1D,
     f"{_CONVBERT}.ConvBertIntermediate": Intermediate,
     f"{_CONVBERT}.ConvBertPredictionHeadTransform": PredictionTransform,
     f"{_CONVBERT}.ConvBertSelfOutput": ResidualOutput,

@@ -6,6 +6,7 @@ import contextlib
 import functools
 
 import torch
+import triton.language as tl
 
 # Without a GPU the interpreter runs the programs one after the other: a few are enough to exercise a two-stage sum.
 _INTERPRETER_SMS = 4
@@ -45,6 +46,16 @@ def options(num_warps: int, registers: int) -> dict[str, object]:
     """
     limit = {} if is_amd() else {"maxnreg": min(registers, _REGISTERS // (32 * num_warps))}
     return {"num_warps": num_warps, "enable_fp_fusion": True, **limit}
+
+
+def acc(dtype: torch.dtype) -> tl.dtype:
+    """In what a kernel computes with `dtype`: fp32, or fp64 for fp64, which only the interpreter is given."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def acc_torch(dtype: torch.dtype) -> torch.dtype:
+    """The same for a tensor that a kernel writes."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:

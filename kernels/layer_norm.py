@@ -27,6 +27,7 @@ import triton.language as tl
 
 from . import _launch
 from ._dropout import keep_mask
+from ._reduce import sum_partials
 
 MAX_CHANNELS = 8192  # the forward holds a whole token in registers: 16 values a thread at 512 threads
 
@@ -178,28 +179,6 @@ def _layer_norm_bwd_kernel(
         tl.store(partial_ptr + 2 * size_p + offs_p, dx_bias, mask=mask_c)
 
 
-@triton.jit
-def _layer_norm_bwd_reduce_kernel(
-    partial_ptr,  # (sums, P, C) fp32
-    out_ptr,  # (sums, C) fp32
-    P,
-    C,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    # One program: one of the sums for BLOCK_C channels, all P partial sums in order.
-    pid_c = tl.program_id(0)
-    partial_ptr += tl.program_id(1).to(tl.int64) * P * C
-    offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < C
-    acc = tl.zeros((BLOCK_P, BLOCK_C), out_ptr.dtype.element_ty)
-    for p in range(0, P, BLOCK_P):
-        offs_p = p + tl.arange(0, BLOCK_P)
-        mask = (offs_p < P)[:, None] & mask_c[None, :]
-        acc += tl.load(partial_ptr + offs_p[:, None].to(tl.int64) * C + offs_c[None, :], mask=mask, other=0.0)
-    tl.store(out_ptr + tl.program_id(1) * C + offs_c, tl.sum(acc, axis=0), mask=mask_c)
-
-
 @dataclass(frozen=True)
 class Config:
     """Launch parameters of the forward and of the backward kernel."""
@@ -221,9 +200,6 @@ _FWD_REGISTERS, _BWD_REGISTERS = 80, 255
 # A backward program with 8192 channels needs more registers than a block of its threads has.
 _BWD_MAX_BLOCK_C = 4096
 
-# The second stage: 32 channels are one 128-byte line of fp32.
-_REDUCE = Config(block_t=32, block_c=32, num_warps=4, registers=128)
-
 
 def pick_config(shape: tuple[int, int], *, backward: bool = False) -> Config:
     """Launch config for x of `shape` (T, C). Not tuned on a card yet: the rule keeps a thread at 16 values."""
@@ -238,14 +214,6 @@ def pick_config(shape: tuple[int, int], *, backward: bool = False) -> Config:
     threads = block_t * block_c // _PER_THREAD
     registers = _BWD_REGISTERS if backward else _FWD_REGISTERS
     return Config(block_t, block_c, max(1, min(16, threads // 32)), registers, parts)
-
-
-def _acc(dtype: torch.dtype) -> tl.dtype:
-    return tl.float64 if dtype == torch.float64 else tl.float32
-
-
-def _acc_torch(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def layer_norm_fwd(
@@ -274,7 +242,7 @@ def layer_norm_fwd(
     fused = x_bias is not None or residual is not None or dropout_p > 0.0
     y = torch.empty(shape, dtype=out_dtype, device=x.device)
     z = torch.empty(shape, dtype=out_dtype, device=x.device) if save and fused else None
-    stats = _acc_torch(out_dtype)
+    stats = _launch.acc_torch(out_dtype)
     mean = torch.empty(tokens, dtype=stats, device=x.device) if save else None
     rstd = torch.empty(tokens, dtype=stats, device=x.device) if save else None
     if tokens == 0:
@@ -299,7 +267,7 @@ def layer_norm_fwd(
             eps,
             dropout_p,
             1.0 / (1.0 - dropout_p),
-            ACC=_acc(out_dtype),
+            ACC=_launch.acc(out_dtype),
             HAS_X_BIAS=x_bias is not None,
             HAS_RESIDUAL=residual is not None,
             HAS_DROPOUT=dropout_p > 0.0,
@@ -358,7 +326,7 @@ def layer_norm_bwd(
             z2.stride(0),
             dropout_p,
             1.0 / (1.0 - dropout_p),
-            ACC=_acc(mean.dtype),
+            ACC=_launch.acc(mean.dtype),
             HAS_X_BIAS=has_x_bias,
             HAS_DROPOUT=dropout_p > 0.0,
             HAS_DRESIDUAL=dresidual is not None,
@@ -367,15 +335,7 @@ def layer_norm_bwd(
             BLOCK_C=config.block_c,
             **_launch.options(config.num_warps, config.registers),
         )
-        _layer_norm_bwd_reduce_kernel[(triton.cdiv(channels, _REDUCE.block_c), sums)](
-            partial,
-            out,
-            programs,
-            channels,
-            BLOCK_P=_REDUCE.block_t,
-            BLOCK_C=_REDUCE.block_c,
-            **_launch.options(_REDUCE.num_warps, _REDUCE.registers),
-        )
+    sum_partials(partial, out)
     return dx, dresidual, out
 
 

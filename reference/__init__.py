@@ -37,6 +37,7 @@ from .outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
+from .packing import Packing
 from .roc_bert import RoCBertModel, RoCBertPreTrainedModel
 from .roc_bert_heads import (
     RoCBertForCausalLM,
@@ -79,6 +80,7 @@ __all__ = [
     "ModelOutput",
     "MultipleChoiceModelOutput",
     "NextSentencePredictorOutput",
+    "Packing",
     "QuestionAnsweringModelOutput",
     "RoCBertConfig",
     "RoCBertForCausalLM",

@@ -14,11 +14,15 @@ from op_suite import (
     assert_transforms,
 )
 from shapes import LAYOUTS, ODD, with_layout
-from tolerance import assert_op_2x
+from tolerance import assert_2x, assert_op_2x
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastconv
 from fastconv.ops import grouped_linear
 from fastconv.reference.ops import ACTIVATIONS
 from fastconv.reference.ops import grouped_linear as reference_grouped_linear
+
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -56,6 +60,26 @@ def test_grouped_linear_activations(backend, device, activation):
     assert_inference_2x(*pair(activation), inputs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "relu"])
+def test_grouped_linear_half_activations(backend, device, activation, dtype):
+    inputs = make((9,), 2, 48, 64, dtype, device)
+    assert_op_2x(*pair(activation), inputs)
+    assert_inference_2x(*pair(activation), inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "groups", "size_in", "size_out"),
+    [(70, 1, 48, 384), (65, 2, 192, 128), (130, 4, 16, 160), (600, 1, 5, 70), (3, 16, 64, 48)],
+)
+def test_grouped_linear_blocks(backend, device, tokens, groups, size_in, size_out, dtype):
+    # More than one block of tokens, of outputs and of inputs; 600 tokens are more than one set of neighbours.
+    inputs = make((tokens,), groups, size_in, size_out, dtype, device)
+    assert_op_2x(*pair("gelu"), inputs)
+    assert_inference_2x(*pair("gelu"), inputs)
+
+
 @pytest.mark.parametrize("size", ODD)
 def test_grouped_linear_sizes(backend, device, size):
     for inputs in (
@@ -91,6 +115,11 @@ def test_grouped_linear_strided_bias(backend, device):
     assert_inference_2x(*pair(), inputs)
 
 
+def test_grouped_linear_expanded_gradient(backend, device):
+    for activation in (None, "gelu"):
+        assert_op_2x(*pair(activation), make((4,), device=device), torch.ones((), device=device).expand(4, 10))
+
+
 def test_grouped_linear_groups_do_not_mix(backend, device):
     inputs = make((3,), device=device)
     x = inputs["x"].requires_grad_()
@@ -99,17 +128,23 @@ def test_grouped_linear_groups_do_not_mix(backend, device):
     assert dx[:, :6].abs().min() > 0 and torch.equal(dx[:, 6:], torch.zeros_like(dx[:, 6:]))
 
 
-def test_grouped_linear_each_gradient(backend, device):
-    assert_each_gradient(*pair("gelu"), make((4,), device=device))
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_grouped_linear_each_gradient(backend, device, activation):
+    assert_each_gradient(*pair(activation), make((4,), device=device))
 
 
-def test_grouped_linear_gradcheck(backend, device):
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_grouped_linear_gradcheck(backend, device, activation):
     inputs = make((3,), dtype=torch.float64, device=device)
-    assert torch.autograd.gradcheck(grouped_linear, [t.requires_grad_() for t in inputs.values()])
+    op = pair(activation)[0]
+    assert torch.autograd.gradcheck(
+        lambda *given: op(**dict(zip(inputs, given, strict=True))), [t.requires_grad_() for t in inputs.values()]
+    )
 
 
-def test_grouped_linear_is_pure(backend, device):
-    assert_pure(grouped_linear, make((3, 4), device=device))
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_grouped_linear_is_pure(backend, device, activation):
+    assert_pure(pair(activation)[0], make((3, 4), device=device))
 
 
 @pytest.mark.parametrize("activation", [None, "gelu"])
@@ -126,6 +161,97 @@ def test_grouped_linear_autocast(backend, device):
     assert_autocast_2x(*pair("gelu"), make((2, 3), device=device))
 
 
+def test_grouped_linear_autocast_gradients(backend, device):
+    inputs = make((2, 3), device=device)
+    op, reference = (torch.autocast(device.type, torch.bfloat16)(function) for function in pair("gelu"))
+    results = []
+    for function in (op, reference, pair("gelu")[1]):
+        wide = torch.float64 if len(results) == 2 else torch.float32
+        given = {k: t.to(wide).requires_grad_() for k, t in inputs.items()}
+        results.append(torch.autograd.grad(function(**given).to(wide).sin().sum(), list(given.values())))
+    for name, *found in zip(inputs, *results, strict=True):
+        assert found[0].dtype == torch.float32
+        assert_2x(f"d{name}", *found, rounding=4 * torch.finfo(torch.bfloat16).eps)
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "bias"])
+def test_grouped_linear_mixed_dtypes(backend, device, name):
+    inputs = make((3,), device=device)
+    inputs[name] = inputs[name].half()
+    with pytest.raises(TypeError, match=f"one dtype.*{name} torch.float16"):
+        grouped_linear(**inputs)
+
+
+def test_grouped_linear_opcheck(device):
+    pytest.importorskip("triton", reason="the package triton is not installed")
+    x, weight, bias = make((2, 3), device=device).values()
+    forward = torch.ops.fastconv.grouped_linear_fwd.default
+    for args in (
+        (x, weight, bias, "gelu", True),
+        (x, weight, None, None, False),
+        (x.half(), with_layout(weight.half(), "transposed"), bias.half(), "relu", False),
+    ):
+        torch.library.opcheck(forward, args)
+
+
+def test_grouped_linear_strides_are_read_in_place(device):
+    # A slice of a wider tensor must not be copied; nor may the transposed weight of the backward be.
+    kernels = pytest.importorskip("fastconv.kernels._launch", reason="the kernels need triton")
+    x = with_layout(torch.randn(2, 3, 12, device=device), "slice")
+    assert kernels.rows(x).data_ptr() == x.data_ptr() and kernels.rows(x).stride() == (36, 1)
+
+
+def test_grouped_linear_config():
+    pick = pytest.importorskip("fastconv.kernels.grouped_linear", reason="the kernels need triton").pick_config
+
+    def tile(*shape, dtype=torch.bfloat16):
+        config = pick(shape, dtype)
+        return config.block_t, config.block_n
+
+    assert tile(8192, 2, 192, 768) == (128, 128)
+    assert tile(8192, 2, 768, 192) == (128, 64)  # 192 outputs are no two blocks of 128
+    assert tile(128, 2, 192, 768) == (64, 128)  # few tokens: more tiles
+    assert tile(8192, 2, 192, 768, dtype=torch.float32) == (64, 64)
+    assert tile(8192, 2, 24, 40) == (64, 32)  # sizes that are no multiples of 16
+
+
+def test_grouped_linear_precision_of_fp32():
+    precision = pytest.importorskip("fastconv.kernels.grouped_linear", reason="the kernels need triton").precision
+    assert precision(torch.float32) == "ieee"
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        assert precision(torch.float32) == "tf32" and precision(torch.float64) == "ieee"
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_grouped_linear_in_a_feed_forward_network(backend, device):
+    # The activation goes into the layer's kernel; an adapter or a hook on the layer still sees the call.
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_groups": 2}
+    config = fastconv.reference.ConvBertConfig(**sizes)
+    module = fastconv.reference.layers.Intermediate(config).to(device)
+    x = torch.randn(2, 3, 16, device=device)
+    expected = module(x)
+    fastconv.accelerate(module)
+    called = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Recorder():
+        y = module(x)
+    torch.testing.assert_close(y, expected)
+    if backend == "triton":
+        assert called == ["fastconv.grouped_linear_fwd.default"]
+    seen = []
+    module.dense.register_forward_hook(lambda *_: seen.append(True))
+    torch.testing.assert_close(module(x), expected)
+    assert seen == [True]
+
+
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0)], ids=str)
 def test_grouped_linear_empty_batch(backend, device, shape):
     inputs = {k: t.requires_grad_() for k, t in make(shape, device=device).items()}
@@ -135,6 +261,14 @@ def test_grouped_linear_empty_batch(backend, device, shape):
     assert torch.equal(inputs["weight"].grad, torch.zeros_like(inputs["weight"]))
     with torch.no_grad():
         assert grouped_linear(**inputs).shape == (*shape, 10)
+
+
+@pytest.mark.parametrize(("size_in", "size_out"), [(0, 5), (6, 0)])
+def test_grouped_linear_without_channels(backend, device, size_in, size_out):
+    inputs = {k: t.nan_to_num() for k, t in make((3,), size_in=max(1, size_in), size_out=size_out).items()}
+    inputs = {k: t.to(device) for k, t in inputs.items()}
+    inputs |= {"x": inputs["x"][:, : 2 * size_in], "weight": inputs["weight"][:, :size_in]}
+    torch.testing.assert_close(grouped_linear(**inputs), inputs["bias"].expand(3, 2 * size_out))
 
 
 @pytest.mark.parametrize(

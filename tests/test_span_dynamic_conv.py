@@ -17,6 +17,8 @@ from op_suite import (
 from shapes import LAYOUTS, with_layout
 from tolerance import assert_2x, assert_op_2x
 
+import fastconv
+from fastconv import Packing
 from fastconv.ops import span_dynamic_conv
 from fastconv.reference.ops import span_dynamic_conv as reference_span_dynamic_conv
 
@@ -181,6 +183,88 @@ def test_span_dynamic_conv_out_has_no_gradient(backend, device, trained):
         span_dynamic_conv(**inputs, kernel_size=3)
 
 
+# packing: windows end where sequences end
+
+LENGTHS = ([7], [1, 2, 8, 3], [0, 5, 0, 1, 0], [4] * 6)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("kernel_size", [1, 5, 31])
+def test_span_dynamic_conv_packed_parity(backend, device, lengths, kernel_size):
+    packing = Packing.from_lengths(lengths, device=device)
+    inputs = {k: t[0] for k, t in make(B=1, S=sum(lengths), K=kernel_size, device=device).items()}
+
+    def run(function):
+        return lambda value, kernel_logits: function(value, kernel_logits, kernel_size, packing=packing)
+
+    assert_op_2x(run(span_dynamic_conv), run(reference_span_dynamic_conv), inputs)
+    assert_inference_2x(run(span_dynamic_conv), run(reference_span_dynamic_conv), inputs)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_span_dynamic_conv_packed_is_each_sequence_alone(backend, device, lengths, dtype):
+    # Bit for bit, and whatever the neighbours hold; gradients of a sequence come from itself alone.
+    inputs = {k: t[0] for k, t in make(B=1, S=sum(lengths), K=5, dtype=dtype, device=device).items()}
+    dy = torch.randn(sum(lengths), 10, device=device).to(dtype)
+    packing = Packing.from_lengths(lengths, device=device)
+    start = 0
+    for length in lengths:
+        own = slice(start, start + length)
+        other = torch.ones(sum(lengths), 1, dtype=torch.bool, device=device)
+        other[own] = False
+        given = leaves({k: t.masked_fill(other, 1e4) for k, t in inputs.items()})
+        alone = leaves({k: t[own][None] for k, t in inputs.items()})
+        y, expected = span_dynamic_conv(**given, kernel_size=5, packing=packing), None
+        if length:
+            expected = span_dynamic_conv(**alone, kernel_size=5)
+            assert torch.equal(y[own], expected[0])
+            got = torch.autograd.grad(y, list(given.values()), dy.masked_fill(other, 0.0))
+            want = torch.autograd.grad(expected, list(alone.values()), dy[own][None])
+            for a, b in zip(got, want, strict=True):
+                assert torch.equal(a[own], b[0]) and not a[:start].any() and not a[start + length :].any()
+        start += length
+
+
+def test_span_dynamic_conv_rows_of_one_length_are_a_packing(backend, device):
+    inputs = make(B=3, S=7, K=5, device=device)
+    packed = span_dynamic_conv(
+        *(t.flatten(0, 1) for t in inputs.values()), 5, packing=Packing.from_lengths([7, 7, 7], device=device)
+    )
+    assert torch.equal(packed.unflatten(0, (3, 7)), span_dynamic_conv(**inputs, kernel_size=5))
+
+
+# The raw ops
+
+
+def test_span_dynamic_conv_opcheck(device):
+    pytest.importorskip("triton", reason="the raw ops are kernels, and the package triton is not installed")
+    value, logits = make(S=5, device=device).values()
+    packing = Packing.from_lengths([4, 6], device=device)
+    ops = torch.ops.fastconv
+    for before, after in ((None, None), (packing.before, packing.after)):
+        v, w = (value, logits) if before is None else (value.flatten(0, 1), logits.flatten(0, 1))
+        for save in (False, True):
+            torch.library.opcheck(ops.span_dynamic_conv_fwd.default, (v, w, 3, before, after, save))
+        wide = torch.zeros(*v.shape[:-1], 20, device=device)
+        torch.library.opcheck(ops.span_dynamic_conv_fwd_out.default, (v, w, 3, before, after, wide[..., 5:15]))
+        _, stats = ops.span_dynamic_conv_fwd(v, w, 3, before, after, True)
+        dy = torch.randn_like(v)
+        torch.library.opcheck(ops.span_dynamic_conv_bwd.default, (dy, v, w, stats, 3, before, after))
+
+
+@pytest.mark.parametrize("kernel_size", [3, 17])
+def test_span_dynamic_conv_writes_every_element(device, poisoned_empty, kernel_size):
+    # 17 taps are the two-pass backward; 70 tokens of one head are more than one block.
+    pytest.importorskip("triton", reason="kernels write, and the package triton is not installed")
+    with fastconv.backend("triton"):
+        given = leaves(make(B=2, S=70, H=1, D=3, K=kernel_size, device=device))
+        y = span_dynamic_conv(**given, kernel_size=kernel_size)
+        assert not y.isnan().any()
+        for gradient in torch.autograd.grad(y.sum(), list(given.values())):
+            assert not gradient.isnan().any()
+
+
 # Sizes at the edges, and bad input
 
 
@@ -210,6 +294,18 @@ def test_span_dynamic_conv_empty_batch(backend, device, B, S):
             {"kernel_logits": torch.ones(2, 11, 6, device="meta")},
             ValueError,
             r"value is on cpu but kernel_logits is on",
+        ),
+        ({"kernel_logits": torch.ones(2, 11, 6).half()}, TypeError, r"one dtype, got torch.float32 and torch.float16"),
+        ({"packing": Packing.from_lengths([11, 11])}, ValueError, r"\(T, H\*D\) and \(T, H\*K\), got \(2, 11, 10\)"),
+        (
+            {"value": torch.ones(9, 10), "kernel_logits": torch.ones(9, 6), "packing": Packing.from_lengths([4, 4])},
+            ValueError,
+            "packing covers 8 tokens, but the tensors have 9",
+        ),
+        (
+            {"value": torch.ones(9, 10), "kernel_logits": torch.ones(9, 6), "packing": torch.tensor([0, 9])},
+            TypeError,
+            "packing must be a fastconv.Packing or None, got Tensor",
         ),
         ({"out": torch.ones(2, 11, 9)}, ValueError, r"out must be \(2, 11, 10\).*got \(2, 11, 9\)"),
         ({"out": torch.ones(2, 11, 10).half()}, ValueError, r"out must be .*float32.*got .*float16"),

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from fastconv.dispatch import use_triton
-from fastconv.nn._plain import bare, dropout_p, plain_dropout, plain_layer_norm, plain_linear
+from fastconv.nn._plain import bare, dropout_p, original_class, plain_dropout, plain_layer_norm, plain_linear
+from fastconv.nn.grouped_linear import GroupedLinear
 from fastconv.nn.packed_linear import linear
 from fastconv.ops import _onednn, grouped_linear, layer_norm, linear_act
 from fastconv.reference.ops import get_activation
@@ -53,10 +54,18 @@ def dense_act(module: Any, x: torch.Tensor) -> torch.Tensor:
     name, dense = activation_name(module), module.dense
     if name is not None and plain_linear(dense):
         return linear_act(x, dense.weight, dense.bias, name)
+    if name is not None and _plain_grouped_linear(dense):
+        return grouped_linear(x, dense.weight, dense.bias, activation=name)
     y = linear(x, dense)
     if name is not None:
         return get_activation(name)(y)
     return _activation_function(module)(y)
+
+
+def _plain_grouped_linear(module: nn.Module) -> bool:
+    """Whether the module is nothing but a grouped linear layer of ours, by itself or under an accelerated one."""
+    ours = type(module) is GroupedLinear or (isinstance(module, GroupedLinear) and original_class(module) is not None)
+    return ours and bare(module)
 
 
 class Intermediate:
@@ -73,14 +82,6 @@ class PredictionTransform:
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """LayerNorm(activation(dense(hidden))): (B, S, C) -> (B, S, E)."""
         return self.LayerNorm(dense_act(self, hidden_states))  # type: ignore[attr-defined]
-
-
-class GroupedLinear:
-    """The fused forward of a grouped linear layer."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(B, S, G*I) -> (B, S, G*O)."""
-        return grouped_linear(hidden_states, self.weight, self.bias)  # type: ignore[attr-defined]
 
 
 class ResidualOutput:

@@ -21,6 +21,11 @@ def unobserved() -> bool:
     )
 
 
+def transformed() -> bool:
+    """Whether torch.func or forward-mode AD follows the calls of this thread, for which kernels have no rules."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
 def plain(tensor: torch.Tensor) -> bool:
     """Whether a tensor is no subclass: not quantized, distributed or fake."""
     return type(tensor) in _PLAIN

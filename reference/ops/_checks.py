@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..packing import Packing
+
 
 def check_float(**tensors: Tensor | None) -> None:
     """Check that every given tensor is a real floating-point tensor and that all lie on one device.
@@ -38,3 +40,14 @@ def check_probability(name: str, p: float) -> None:
     """Raise ValueError unless 0 <= p < 1."""
     if not 0.0 <= p < 1.0:
         raise ValueError(f"{name} must be at least 0 and less than 1, got {p}")
+
+
+def check_packing(packing: Packing | None, x: Tensor) -> None:
+    """Raise ValueError unless a packing, if there is one, covers the tokens of x (T, ...) and lies on its device."""
+    if packing is None:
+        return
+    if not isinstance(packing, Packing):
+        raise TypeError(f"packing must be a fastconv.Packing or None, got {type(packing).__name__}")
+    packing.check(x.shape[0])
+    if packing.cu_seqlens.device != x.device:
+        raise ValueError(f"packing is on {packing.cu_seqlens.device} but the tensors are on {x.device}; make it there")

@@ -1,0 +1,44 @@
+"""SeparableConv1D: ConvBERT's module with the fused op behind it."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fastconv.nn._plain import bare
+from fastconv.ops import separable_conv
+from fastconv.reference import Packing
+from fastconv.reference.layers import SeparableConv1D as ReferenceSeparableConv1D
+
+
+class SeparableConv1D(ReferenceSeparableConv1D):
+    """A depthwise and a pointwise convolution along the sequence, with the parameters of ConvBERT's checkpoints.
+
+    SeparableConv1D(size_in, size_out, kernel_size); forward: (B, S, size_in) -> (B, S, size_out)
+    """
+
+    def forward(
+        self, x: torch.Tensor, gate: torch.Tensor | None = None, *, packing: Packing | None = None
+    ) -> torch.Tensor:
+        """See fastconv.ops.separable_conv: x (B, S, size_in), gate (B, S, size_out); with a packing (T, ...)."""
+        if not plain_layers(self) and packing is None:
+            return super().forward(x, gate)
+        return separable_conv(x, self.depthwise.weight, self.pointwise.weight, self.bias, gate=gate, packing=packing)
+
+
+class ChannelsFirstSeparableConv1D:
+    """The fused forward of transformers' module, which takes and gives the channels before the sequence."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, C, S) -> (B, O, S)."""
+        if not plain_layers(self):
+            return super().forward(hidden_states)  # type: ignore[misc]
+        x = hidden_states.transpose(1, 2)
+        y = separable_conv(x, self.depthwise.weight, self.pointwise.weight, self.bias)  # type: ignore[attr-defined]
+        return y.transpose(1, 2)
+
+
+def plain_layers(module: object) -> bool:
+    """Whether the two convolutions of a module are nothing but nn.Conv1d, so that its three parameters say all."""
+    layers = (module.depthwise, module.pointwise)  # type: ignore[attr-defined]
+    return all(type(layer) is nn.Conv1d and bare(layer) for layer in layers)
