@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from fastconv.dispatch import use_triton
 from fastconv.ops import _onednn
-from fastconv.ops._eager import autocasting, transformed
+from fastconv.ops._eager import autocasting, transformed, unobserved
 from fastconv.ops._register import needs_grad, register
 from fastconv.reference import Packing
 from fastconv.reference.ops.separable_conv import check
@@ -184,17 +184,47 @@ def _packed_depthwise(x: torch.Tensor, weight: torch.Tensor, packing: Packing) -
 
 def _depthwise(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """(B, S, C) -> (B, S, C), without a transpose in memory."""
+    if x.device.type != "cpu" or x.dtype == torch.float64 or x.numel() == 0:
+        return _shift_and_add(x, weight)
+    if x.dtype != torch.float32 and unobserved() and needs_grad(x, weight):
+        return _NativeDepthwise.apply(x, weight)
+    return _channels_last(x, weight)
+
+
+def _channels_last(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """As an image of height 1, x is channels-last as it lies, which oneDNN convolves directly: 1.0 ms for 8 x 512 x 768
+    in fp32, against 10.3 ms for conv1d and 3.7 ms for shift-and-add (AMD EPYC, 2 cores, torch 2.13.0, 2026-11-20).
+    """
     size = weight.shape[-1]
-    if x.device.type == "cpu" and x.dtype != torch.float64 and x.numel() > 0:
-        # As an image of height 1, x is channels-last as it lies, which oneDNN convolves directly: 1.0 ms for 8 x 512 x
-        # 768 in fp32, against 10.3 ms for conv1d and 3.7 ms for shift-and-add (AMD EPYC, 2 cores, torch 2.13.0,
-        # 2026-11-20).
-        # In bf16 oneDNN never returns from 15 taps or more over 31 tokens or more (the same machine and version).
-        dtype = torch.float32 if x.dtype == torch.bfloat16 and size > _MAX_BF16_TAPS else x.dtype
-        image = x.to(dtype).transpose(1, 2).unsqueeze(2)
-        y = F.conv2d(image, weight.to(dtype).unsqueeze(2), padding=(0, size // 2), groups=weight.shape[0])
-        return y.squeeze(2).transpose(1, 2).to(x.dtype)
-    return _shift_and_add(x, weight)
+    # In bf16 oneDNN never returns from 15 taps or more over 31 tokens or more (the same machine and version).
+    dtype = torch.float32 if x.dtype == torch.bfloat16 and size > _MAX_BF16_TAPS else x.dtype
+    image = x.to(dtype).transpose(1, 2).unsqueeze(2)
+    y = F.conv2d(image, weight.to(dtype).unsqueeze(2), padding=(0, size // 2), groups=weight.shape[0])
+    return y.squeeze(2).transpose(1, 2).to(x.dtype)
+
+
+class _NativeDepthwise(torch.autograd.Function):
+    # Of the taps' gradient in half precision oneDNN makes copies of all of x and dy; here one row at a time is in fp32.
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return _channels_last(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        need_x, need_weight = ctx.needs_input_grad
+        size = weight.shape[-1]
+        dx = _channels_last(dy, weight.flip(-1)) if need_x else None
+        if not need_weight:
+            return dx, None
+        dweight = torch.zeros(size, x.shape[-1])
+        for row, drow in zip(x, dy, strict=True):
+            padded, drow = F.pad(row.float(), (0, 0, size // 2, size // 2)), drow.float()
+            for k in range(size):
+                dweight[k] += (drow * padded[k : k + len(row)]).sum(0)
+        return dx, dweight.t().unsqueeze(1).to(weight.dtype)
 
 
 def _shift_and_add(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -182,7 +182,12 @@ def _traced(value: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
 
 
 def _shift_and_add(value: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
-    """(B, S, H*D), (B, S, H, K) -> (B, S, H*D), summed in the kernel's dtype."""
+    """(B, S, H*D), (B, S, H, K) -> (B, S, H*D), summed in the kernel's dtype.
+
+    Half precision goes row by row: so there is one row at a time in fp32.
+    """
+    if value.dtype != kernel.dtype and len(value) > 1:
+        return torch.cat([_shift_and_add(*row) for row in zip(value.split(1), kernel.split(1), strict=True)])
     x = value.unflatten(-1, (kernel.shape[2], -1)).to(kernel.dtype)
     y = x * _tap(kernel, kernel.shape[-1] // 2)
     for k, to, source in _shifts(kernel):
@@ -201,14 +206,22 @@ class _NativeSpanDynamicConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         value, kernel = ctx.saved_tensors
-        heads, centre = kernel.shape[2], kernel.shape[-1] // 2
-        x, dy = (t.unflatten(-1, (heads, -1)).to(kernel.dtype) for t in (value, dy))
-        dvalue, dkernel = dy * _tap(kernel, centre), torch.zeros_like(kernel)
-        dkernel[..., centre] = (dy * x).sum(-1)
-        for k, to, source in _shifts(kernel):
-            dvalue[:, source].addcmul_(dy[:, to], _tap(kernel, k)[:, to])
-            dkernel[:, to, :, k] = (dy[:, to] * x[:, source]).sum(-1)
-        return dvalue.flatten(2).to(value.dtype), dkernel
+        if value.dtype == kernel.dtype or len(value) <= 1:
+            return _native_gradients(dy, value, kernel)
+        rows = zip(dy.split(1), value.split(1), kernel.split(1), strict=True)
+        dvalue, dkernel = zip(*(_native_gradients(*row) for row in rows), strict=True)
+        return torch.cat(dvalue), torch.cat(dkernel)
+
+
+def _native_gradients(dy: torch.Tensor, value: torch.Tensor, kernel: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    heads, centre = kernel.shape[2], kernel.shape[-1] // 2
+    x, dy = (t.unflatten(-1, (heads, -1)).to(kernel.dtype) for t in (value, dy))
+    dvalue, dkernel = dy * _tap(kernel, centre), torch.zeros_like(kernel)
+    dkernel[..., centre] = (dy * x).sum(-1)
+    for k, to, source in _shifts(kernel):
+        dvalue[:, source].addcmul_(dy[:, to], _tap(kernel, k)[:, to])
+        dkernel[:, to, :, k] = (dy[:, to] * x[:, source]).sum(-1)
+    return dvalue.flatten(2).to(value.dtype), dkernel
 
 
 def _tap(kernel: torch.Tensor, k: int) -> torch.Tensor:
