@@ -18,7 +18,7 @@ Tensors = dict[str, torch.Tensor]
 class BenchCase(ABC):
     """One op on one shape.
 
-    direction: "infer", forward without a gradient; "fwd" or "bwd", the halves of a training step
+    direction: "infer", forward without a gradient; "step", forward and backward; "fwd" or "bwd", its halves
     """
 
     dtype: torch.dtype
@@ -105,6 +105,8 @@ class BenchCase(ABC):
         leaves = {k: t.detach().requires_grad_() for k, t in tensors.items()}
         if self.direction == "fwd":
             return lambda: way(**leaves)
+        if self.direction == "step":
+            return lambda: torch.autograd.grad(way(**leaves), list(leaves.values()), dy)
         y, wanted = way(**leaves), list(leaves.values())
         return lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True)
 

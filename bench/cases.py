@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import conv_branch_cases
 import dense_cases
 import layer_norm_cases
 import separable_conv_cases
@@ -9,7 +10,7 @@ import span_dynamic_conv_cases
 import torch
 from case import BenchCase
 
-_MODULES = (layer_norm_cases, dense_cases, separable_conv_cases, span_dynamic_conv_cases)
+_MODULES = (layer_norm_cases, dense_cases, separable_conv_cases, span_dynamic_conv_cases, conv_branch_cases)
 
 
 def cases(device: torch.device, *, quick: bool = False) -> list[BenchCase]:

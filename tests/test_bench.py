@@ -79,7 +79,7 @@ def test_bench_span_dynamic_conv_counts(bench, direction, bytes_, flops):
     assert case.bytes() == bytes_ and case.flops() == flops
 
 
-@pytest.mark.parametrize("direction", ["infer", "fwd", "bwd"])
+@pytest.mark.parametrize("direction", ["infer", "fwd", "bwd", "step"])
 def test_bench_rivals_compute_the_same(bench, direction):
     for case in bench("cases").cases(CPU, quick=True):
         if case.direction != direction or getattr(case, "dropout_p", 0.0):
