@@ -9,7 +9,7 @@ constants, multiples of 16), so that what is compiled is what a GPU would run.
 
 It fails on
 - a kernel that no launch covers, or that does not compile;
-- a spill: stack, local memory or scratch in the machine code;
+- a spill: stack, local memory or scratch in the machine code (an empty frame, which nothing uses, is none);
 - more shared memory, registers or threads than the GPU gives a block;
 - a load or store that should move 16 bytes an instruction and doesn't: one of a tile with at least 16 bytes for
   every thread, through a pointer that is a multiple of 16 (as torch's are). A module that can't do better for an
@@ -89,6 +89,9 @@ TARGETS = {
     )
 }
 _MAX_THREADS = 1024
+# ptxas of triton 3.9 reserves a frame of 8 bytes that no instruction uses, where in the end it keeps predicates in a
+# register. Such a frame counts only if the machine code has an access to local memory.
+_FRAME = 8
 _REGISTERS = 64 * 1024  # of a multiprocessor of NVIDIA's; AMD's register files are not shared by the waves of a block
 
 
@@ -227,6 +230,8 @@ def _compile(launch: Launch, cubin_dir: Path, number: int) -> Result:
         cubin.write_bytes(compiled.asm["cubin"])
         result.cubin = str(cubin)
         resources = cubin_resources(cubin)
+        if 0 < resources.stack <= _FRAME and not sass_instructions(cubin)["local", 0]:
+            resources = Resources(resources.registers, 0)
     _fill(result, launch, compiled.asm["ttir"], assembly, resources, compiled.metadata.shared)
     return result
 
