@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def token_span(before_ptr, after_ptr, first_t, mask_t, S, HAS_PACKING: tl.constexpr, BLOCK_T: tl.constexpr):
-    """How many tokens of its sequence stand before and after each of BLOCK_T tokens from first_t on.
+    """How many tokens of its sequence stand before and after each of BLOCK_T tokens from first_t (int64) on.
 
     Of a packed batch, as its (T,) int32 tensors say, or of rows of S tokens.
     """
@@ -17,8 +17,8 @@ def token_span(before_ptr, after_ptr, first_t, mask_t, S, HAS_PACKING: tl.conste
         before = tl.load(before_ptr + first_t + offs, mask=mask_t, other=0)
         after = tl.load(after_ptr + first_t + offs, mask=mask_t, other=0)
     else:
-        # In 32 bits: a division of 64 is a call.
-        before = (first_t + offs) % S
+        # The long division once, for the first token.
+        before = ((first_t % S).to(tl.int32) + offs) % S
         after = S - 1 - before
     return before, after
 

@@ -62,10 +62,10 @@ def _span_dynamic_conv_fwd_kernel(
     BLOCK_D: tl.constexpr,
 ):
     # One program: tokens [pid_t * BLOCK_T, +BLOCK_T) of head h, all its channels.
-    pid = tl.program_id(0)
+    pid = tl.program_id(0).to(tl.int64)
     h = pid % H
     first_t = pid // H * BLOCK_T
-    offs_t = tl.cast(first_t, tl.int64) + tl.arange(0, BLOCK_T)
+    offs_t = first_t + tl.arange(0, BLOCK_T)
     offs_d = tl.arange(0, BLOCK_D)
     mask_t = offs_t < T
     mask_d = offs_d < D
@@ -124,10 +124,10 @@ def _span_dynamic_conv_bwd_kernel(
     BLOCK_D: tl.constexpr,
 ):
     # One program: tokens [pid_t * BLOCK_T, +BLOCK_T) of head h, all its channels; both gradients, or one of them.
-    pid = tl.program_id(0)
+    pid = tl.program_id(0).to(tl.int64)
     h = pid % H
     first_t = pid // H * BLOCK_T
-    offs_t = tl.cast(first_t, tl.int64) + tl.arange(0, BLOCK_T)
+    offs_t = first_t + tl.arange(0, BLOCK_T)
     offs_d = tl.arange(0, BLOCK_D)
     mask_t = offs_t < T
     mask_d = (offs_d < D)[None, :]
