@@ -25,6 +25,7 @@ class ConvBranchCase(BenchCase):
     dtype: torch.dtype
     direction: str
     taps: int = 9
+    roundings = 3
 
     @property
     def name(self) -> str:

@@ -82,7 +82,7 @@ def line(record: dict) -> str:
     if "red" in record:
         what = "; ".join(f"{name}: {why}" for name, why in record["red"].items())
         return f"{record['case']:<58}  RED, no figures: {what}"
-    ratios = "".join(f"{_ratio(record, rival):>16}" for rival in RIVALS)
+    ratios = "".join(f"{_ratio(record, rival):>18}" for rival in RIVALS)
     broken = "".join(f"  ({rival} failed: {why})" for rival, why in record.get("broken", {}).items())
     return (
         f"{record['case']:<58}{record['ms']['fastconv']:>10.4f}{record['bytes_per_s'] / 1e9:>9.1f}"
@@ -96,7 +96,7 @@ def _ratio(record: dict, rival: str) -> str:
 
 def header() -> str:
     """The table's first row."""
-    return f"{'case':<58}{'ms':>10}{'GB/s':>9}{'of roof':>9}" + "".join(f"{'vs ' + r:>16}" for r in RIVALS)
+    return f"{'case':<58}{'ms':>10}{'GB/s':>9}{'of roof':>9}" + "".join(f"{'vs ' + r:>18}" for r in RIVALS)
 
 
 def run(
