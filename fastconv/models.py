@@ -15,6 +15,9 @@ from fastconv.swap import accelerate
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+# model_type in config.json -> what the names of the family's classes begin with.
+FAMILIES = {"bert": "Bert", "convbert": "ConvBert", "roc_bert": "RoCBert"}
+
 
 class ConfigFiles:
     """Gives a config from_pretrained and save_pretrained."""

@@ -15,6 +15,7 @@ from op_suite import (
 )
 from shapes import LAYOUTS, ODD, with_layout
 from tolerance import assert_2x, assert_op_2x
+from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastconv
@@ -191,7 +192,7 @@ def test_grouped_linear_opcheck(device):
         (x, weight, None, None, False),
         (x.half(), with_layout(weight.half(), "transposed"), bias.half(), "relu", False),
     ):
-        torch.library.opcheck(forward, args)
+        opcheck(forward, args)
 
 
 def test_grouped_linear_strides_are_read_in_place(device):

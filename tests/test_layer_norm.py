@@ -8,6 +8,7 @@ import pytest
 import torch
 from shapes import LAYOUTS, with_layout
 from tolerance import INTERPRETING, assert_2x, assert_op_2x
+from torch.library import opcheck
 
 import fastconv
 from fastconv.ops import layer_norm
@@ -283,13 +284,13 @@ def test_layer_norm_opcheck(device):
         (x, weight, bias, 1e-12, x_bias, None, 0.0, None, torch.float16, False),
         (x.t().contiguous().t(), weight, bias, 1e-12, x_bias, residual, 0.0, None, torch.float32, True),
     ):
-        torch.library.opcheck(forward, args)
+        opcheck(forward, args)
     _, z, mean, rstd = forward(x, weight, bias, 1e-12, x_bias, residual, 0.1, seed, torch.float32, True)
     for args in (
         (x, z, weight, mean, rstd, 0.1, seed, True, torch.float32, torch.float32),
         (x, z, weight, mean, rstd, 0.0, None, False, torch.float16, None),
     ):
-        torch.library.opcheck(backward, args)
+        opcheck(backward, args)
 
 
 @pytest.mark.parametrize("same", [False, True], ids=["two-tensors", "one-tensor-twice"])

@@ -17,6 +17,7 @@ from op_suite import (
 )
 from shapes import LAYOUTS, ODD, with_layout
 from tolerance import assert_2x, assert_op_2x
+from torch.library import opcheck
 
 from fastconv.ops import linear_act
 from fastconv.reference.ops import ACTIVATIONS
@@ -230,8 +231,8 @@ def test_linear_act_opcheck(device):
     product, vector = torch.randn(3, 5, 12, device=device), torch.randn(12, device=device)
     forward, backward = torch.ops.fastconv.linear_act_fwd.default, torch.ops.fastconv.grouped_linear_bwd.default
     for z, bias in ((product, vector), (product.half(), None), (product[..., ::2], vector[::2])):
-        torch.library.opcheck(forward, (z, bias, "gelu"))
-        torch.library.opcheck(backward, (torch.randn_like(z), z, bias, "gelu"))
+        opcheck(forward, (z, bias, "gelu"))
+        opcheck(backward, (torch.randn_like(z), z, bias, "gelu"))
 
 
 def test_linear_act_choice_of_the_product():

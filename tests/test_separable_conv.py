@@ -17,6 +17,7 @@ from op_suite import (
 )
 from shapes import LAYOUTS, ODD, with_layout
 from tolerance import assert_op_2x
+from torch.library import opcheck
 
 import fastconv
 from fastconv import Packing
@@ -290,9 +291,9 @@ def test_separable_conv_opcheck(device, is_packed):
     for dtype in DTYPES:
         x, depthwise = torch.randn(*lead, 6, device=device).to(dtype), torch.randn(6, 1, 3, device=device).to(dtype)
         for flip in (False, True):
-            torch.library.opcheck(ops.separable_conv_depthwise.default, (x, depthwise, *spans, flip))
-        torch.library.opcheck(ops.separable_conv_bwd_depthwise.default, (x, x.clone(), 3, *spans))
-        torch.library.opcheck(ops.separable_conv_bwd_gate.default, (x, x.clone(), x.clone()))
+            opcheck(ops.separable_conv_depthwise.default, (x, depthwise, *spans, flip))
+        opcheck(ops.separable_conv_bwd_depthwise.default, (x, x.clone(), 3, *spans))
+        opcheck(ops.separable_conv_bwd_gate.default, (x, x.clone(), x.clone()))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from op_suite import (
 )
 from shapes import LAYOUTS, with_layout
 from tolerance import assert_2x, assert_op_2x
+from torch.library import opcheck
 
 import fastconv
 from fastconv import Packing
@@ -245,12 +246,12 @@ def test_span_dynamic_conv_opcheck(device):
     for before, after in ((None, None), (packing.before, packing.after)):
         v, w = (value, logits) if before is None else (value.flatten(0, 1), logits.flatten(0, 1))
         for save in (False, True):
-            torch.library.opcheck(ops.span_dynamic_conv_fwd.default, (v, w, 3, before, after, save))
+            opcheck(ops.span_dynamic_conv_fwd.default, (v, w, 3, before, after, save))
         wide = torch.zeros(*v.shape[:-1], 20, device=device)
-        torch.library.opcheck(ops.span_dynamic_conv_fwd_out.default, (v, w, 3, before, after, wide[..., 5:15]))
+        opcheck(ops.span_dynamic_conv_fwd_out.default, (v, w, 3, before, after, wide[..., 5:15]))
         _, stats = ops.span_dynamic_conv_fwd(v, w, 3, before, after, True)
         dy = torch.randn_like(v)
-        torch.library.opcheck(ops.span_dynamic_conv_bwd.default, (dy, v, w, stats, 3, before, after))
+        opcheck(ops.span_dynamic_conv_bwd.default, (dy, v, w, stats, 3, before, after))
 
 
 @pytest.mark.parametrize("kernel_size", [3, 17])

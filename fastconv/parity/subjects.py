@@ -13,15 +13,10 @@ import torch
 
 from fastconv import checkpoints, models, reference, tokenization
 from fastconv.folders import find_folder, read_json
+from fastconv.models import FAMILIES
 from fastconv.parity import shapes
 from fastconv.parity.paths import Weights
-from fastconv.tokenization import BertTokenizer, ConvBertTokenizer, RoCBertTokenizer
 
-_FAMILIES = {
-    "bert": ("Bert", BertTokenizer),
-    "convbert": ("ConvBert", ConvBertTokenizer),
-    "roc_bert": ("RoCBert", RoCBertTokenizer),
-}
 _OVER_VOCABULARY = ("ForMaskedLM", "ForPreTraining", "LMHeadModel", "ForCausalLM")
 
 
@@ -98,12 +93,13 @@ def _subject(name: str | os.PathLike[str], model: Any, tokenizer: Any, source: s
 def _classes(folder: Path) -> tuple[str, Any, list[str]]:
     """The class that config.json names, or else the encoder of its family; the class of its tokenizer; and notes."""
     config = read_json(folder / "config.json")
-    if config.get("model_type") not in _FAMILIES:
-        expected = " or ".join(map(repr, _FAMILIES))
+    if config.get("model_type") not in FAMILIES:
+        expected = " or ".join(map(repr, FAMILIES))
         raise ValueError(
             f"{str(folder / 'config.json')!r}: model_type must be {expected}, got {config.get('model_type')!r}"
         )
-    family, tokenizer_class = _FAMILIES[config["model_type"]]
+    family = FAMILIES[config["model_type"]]
+    tokenizer_class = getattr(tokenization, f"{family}Tokenizer")
     named = config.get("architectures") or []
     if not isinstance(named, list):
         raise ValueError(f"{str(folder / 'config.json')!r}: architectures must be a list of names, got {named!r}")

@@ -13,11 +13,11 @@ import torch
 import fastconv
 from fastconv import checkpoints, tokenization
 from fastconv.folders import find_folder, read_json
+from fastconv.models import FAMILIES
 
 if TYPE_CHECKING:
     from fastconv.tasks.task import Task
 
-FAMILIES = {"bert": "Bert", "convbert": "ConvBert", "roc_bert": "RoCBert"}
 # Which table of the model an input looks up, by the name of its size in the config.
 TABLES = {
     "input_ids": "vocab_size",
