@@ -1,4 +1,4 @@
-"""Where a token stands in its sequence, for kernels over tokens whose windows must not leave it."""
+"""Where a token stands in its sequence, and where that ends, for kernels whose windows must not leave it."""
 
 from __future__ import annotations
 
@@ -21,6 +21,18 @@ def token_span(before_ptr, after_ptr, first_t, mask_t, S, HAS_PACKING: tl.conste
         before = ((first_t % S).to(tl.int32) + offs) % S
         after = S - 1 - before
     return before, after
+
+
+@triton.jit
+def sequence_ends(before_ptr, after_ptr, t, S, HAS_PACKING: tl.constexpr):
+    """The first and the last token, int64, of the sequence that token t (int64) is of."""
+    if HAS_PACKING:
+        first = t - tl.load(before_ptr + t)
+        last = t + tl.load(after_ptr + t)
+    else:
+        first = t // S * S
+        last = first + S - 1
+    return first, last
 
 
 @triton.jit

@@ -32,20 +32,9 @@ import triton.language as tl
 
 from . import _launch
 from ._reduce import sum_partials
+from ._spans import sequence_ends
 
 MAX_KERNEL_SIZE = 31  # taps are unrolled
-
-
-@triton.jit
-def _sequence(before_ptr, after_ptr, t, S, HAS_PACKING: tl.constexpr):
-    """The first and the last token, int64, of the sequence that token t is of."""
-    if HAS_PACKING:
-        first = t - tl.load(before_ptr + t)
-        last = t + tl.load(after_ptr + t)
-    else:
-        first = t // S * S
-        last = first + S - 1
-    return first, last
 
 
 @triton.jit
@@ -118,7 +107,7 @@ def _separable_conv_fwd_kernel(
 
     t = first_t
     while t <= last_t:
-        first, last = _sequence(before_ptr, after_ptr, t, S, HAS_PACKING)
+        first, last = sequence_ends(before_ptr, after_ptr, t, S, HAS_PACKING)
         acc = ()
         for _ in tl.static_range(RUN):
             acc = acc + (tl.zeros((BLOCK_G, BLOCK_C), ACC),)  # noqa: RUF005 (Triton has no unpacking)
@@ -173,7 +162,7 @@ def _separable_conv_bwd_depthwise_kernel(
     while t < T:
         tile = t // (BLOCK_G * RUN)
         offs_g = tile * (BLOCK_G * RUN) + tl.arange(0, BLOCK_G) * RUN
-        first, last = _sequence(before_ptr, after_ptr, t, S, HAS_PACKING)
+        first, last = sequence_ends(before_ptr, after_ptr, t, S, HAS_PACKING)
         end = tl.minimum(tl.minimum(last + 1, (tile + 1) * (BLOCK_G * RUN)), T)
         dys = ()
         for r in tl.static_range(RUN):
@@ -254,14 +243,13 @@ class Config:
         return self.run * self.block_g
 
 
-# ConvBERT's 9 taps fit in one pass over the rows, at three blocks a multiprocessor. A loop over passes needs more
-# registers, since the compiler unrolls it, and is no ConvBERT's.
+# ConvBERT's 9 taps fit in one pass over the rows, of fp32 at three blocks a multiprocessor. A loop over passes needs
+# more registers, since the compiler unrolls it, and is no ConvBERT's.
 _ONE_PASS, _ONE_PASS_REGISTERS = 9, 168
 _MAX_TAPS, _REGISTERS = 6, 255
 
-# Channels of a thread: 16 bytes in fp32. In half precision too, 8 bytes there: with the taps and sums of eight channels
-# a thread spilled (triton 3.9.0, sm_90 and sm_100).
-_CHANNELS = 4
+# Bytes of a row that a thread loads at a time.
+_VECTOR = 16
 
 # 128 channels: the models' sizes are multiples of it.
 _BLOCK_C, _NUM_WARPS = 128, 4
@@ -270,16 +258,17 @@ _BLOCK_C, _NUM_WARPS = 128, 4
 _PROGRAMS = 4
 
 
-def pick_config(shape: tuple[int, int], kernel_size: int) -> Config:
-    """Launch config for x of `shape` (T, C), in any dtype. Not tuned on a card yet."""
+def pick_config(shape: tuple[int, int], kernel_size: int, itemsize: int) -> Config:
+    """Launch config for x of `shape` (T, C) and elements of `itemsize` bytes. Not tuned on a card yet."""
     tokens, channels = shape
     block_c = min(_BLOCK_C, max(16, triton.next_power_of_2(channels)))
-    block_g = 32 * _NUM_WARPS * _CHANNELS // block_c
-    # Few tokens: small programs, so that they spread over the card.
-    run = 4 if tokens > 2048 else 2
+    block_g = max(1, 32 * _NUM_WARPS * _VECTOR // itemsize // block_c)
+    # Few tokens: small programs, so that they spread over the card. In half precision a thread has the taps and sums of
+    # eight channels, and no registers for those of more than two tokens.
+    run = 4 if tokens > 2048 and itemsize > 2 else 2
     # As many passes over the rows as the taps need, of equal length.
     passes = 1 if kernel_size <= _ONE_PASS else triton.cdiv(kernel_size, _MAX_TAPS)
-    registers = _ONE_PASS_REGISTERS if passes == 1 else _REGISTERS
+    registers = _ONE_PASS_REGISTERS if passes == 1 and itemsize > 2 else _REGISTERS
     taps = triton.cdiv(kernel_size, passes)
     return Config(run, block_g, block_c, taps, _NUM_WARPS, registers)
 
@@ -301,7 +290,7 @@ def separable_conv_depthwise(
     tokens, channels = rows.shape
     if tokens == 0:
         return y
-    config = pick_config((tokens, channels), depthwise.shape[-1])
+    config = pick_config((tokens, channels), depthwise.shape[-1], x.element_size())
     with _launch.device_of(x):
         _separable_conv_fwd_kernel[(triton.cdiv(tokens, config.block_t) * triton.cdiv(channels, config.block_c),)](
             rows,
@@ -342,7 +331,7 @@ def separable_conv_bwd_depthwise(
     tokens = rows.shape[0]
     if tokens == 0:
         return ddepthwise.zero_()
-    config = pick_config((tokens, channels), kernel_size)
+    config = pick_config((tokens, channels), kernel_size, x.element_size())
     blocks_c = triton.cdiv(channels, config.block_c)
     programs = min(triton.cdiv(tokens, config.block_t), triton.cdiv(_PROGRAMS * _launch.sm_count(x), blocks_c))
     stats = _launch.acc_torch(x.dtype)
