@@ -24,6 +24,9 @@ class BenchCase(ABC):
     dtype: torch.dtype
     direction: str
     roundings = 1  # that the 2x rule allows beside: one for each op in a row
+    # Whether it is a piece of a model by itself: then its memory against the first rival's, and itself under
+    # torch.compile are of interest too.
+    whole = False
 
     @property
     @abstractmethod
@@ -32,7 +35,7 @@ class BenchCase(ABC):
 
     @property
     def targets(self) -> dict[str, float]:
-        """Rival -> how many times faster than it the op has to be at least."""
+        """Name of a ratio -> what it has to be at least: for a rival, how many times faster than it the op is."""
         return {}
 
     @abstractmethod
@@ -91,7 +94,7 @@ class BenchCase(ABC):
         return {"y": y.detach()} | {f"d{k}": g for k, g in zip(leaves, grads, strict=True)}
 
     def runs(self, device: torch.device, *, compiled: bool) -> dict[str, Run]:
-        """What to time: "fastconv" and its rivals, with torch.compile among them if `compiled`."""
+        """What to time: "fastconv" and its rivals; if `compiled`, torch.compile of the first, and of a whole piece."""
         tensors, dy = self.inputs(device)
         rivals = self.rivals(device)
         ways: dict[str, Op] = {"fastconv": self.op, **rivals}
@@ -99,6 +102,8 @@ class BenchCase(ABC):
             # What was compiled for other cases counts against the limit of recompilations, past which it runs eagerly.
             torch.compiler.reset()
             ways["torch.compile"] = torch.compile(next(iter(rivals.values())), dynamic=False)
+            if self.whole:
+                ways["fastconv compiled"] = torch.compile(self.op, dynamic=False)
         return {label: self._timed(way, tensors, dy) for label, way in ways.items()}
 
     def _timed(self, way: Op, tensors: Tensors, dy: torch.Tensor) -> Run:

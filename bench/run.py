@@ -6,6 +6,8 @@ A case is checked before it is timed: where the op doesn't keep the 2x rule agai
 are refused and the command fails. On a CPU the op runs its native formulation. Ratios are medians over the rounds of
 (rival's time / fastconv's time) and hold on any machine; times mean something on an idle one only. "copy" is a plain
 copy that moves as many bytes as the op has to, in the same run; "of roof" is bytes/s over those of a large copy.
+A whole piece of a model has two more ratios: its first rival's time over that of fastconv under torch.compile (where
+that runs: --compile), and the rival's peak memory beyond the tensors given over fastconv's.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from roofs import Roofs, measure
 from timing import Run, interleaved, median_ratio
 
 from fastconv import backend
+from fastconv.parity.measure import peak_bytes
 
 RIVALS = ("copy", "torch", "HF", "bmm", "torch.compile")
 
@@ -44,11 +47,14 @@ def run_case(case: BenchCase, device: torch.device, roofs: Roofs, *, rounds: int
             runs = {**case.runs(device, compiled=compiled), "copy": _copy(case.bytes(), device)}
             runs, broken = _working(runs)
             times = interleaved(runs, device, rounds=rounds)
-    own = times["fastconv"]
+            own = times["fastconv"]
+            ratios = {label: median_ratio(t, own) for label, t in times.items() if not label.startswith("fastconv")}
+            if case.whole:
+                ratios |= _of_a_whole(next(iter(case.rivals(device))), runs, times, device)
     rate = case.bytes() / statistics.median(own)
     return record | {
         "ms": {label: 1e3 * statistics.median(t) for label, t in times.items()},
-        "ratios": {label: median_ratio(t, own) for label, t in times.items() if label != "fastconv"},
+        "ratios": ratios,
         "bytes_per_s": rate,
         "of_roof": rate / roofs.copy,
         "flops_per_s": case.flops() / statistics.median(own),
@@ -56,6 +62,19 @@ def run_case(case: BenchCase, device: torch.device, roofs: Roofs, *, rounds: int
         "rounds": rounds,
         **({"broken": broken} if broken else {}),
     }
+
+
+def _of_a_whole(
+    rival: str, runs: dict[str, Run], times: dict[str, list[float]], device: torch.device
+) -> dict[str, float]:
+    """The ratios that only a whole piece of a model has: of its compiled self, and of peak memory."""
+    found = {}
+    if rival in times and "fastconv compiled" in times:
+        found[f"{rival} / compiled"] = median_ratio(times[rival], times["fastconv compiled"])
+    if rival in runs:
+        peaks = [peak_bytes(runs[label], device) for label in (rival, "fastconv")]
+        found[f"{rival} memory"] = peaks[0] / peaks[1]
+    return found
 
 
 def _working(runs: dict[str, Run]) -> tuple[dict[str, Run], dict[str, str]]:
@@ -83,10 +102,11 @@ def line(record: dict) -> str:
         what = "; ".join(f"{name}: {why}" for name, why in record["red"].items())
         return f"{record['case']:<58}  RED, no figures: {what}"
     ratios = "".join(f"{_ratio(record, rival):>18}" for rival in RIVALS)
+    other = "".join(f"  {name} {ratio:.2f}x" for name, ratio in record["ratios"].items() if name not in RIVALS)
     broken = "".join(f"  ({rival} failed: {why})" for rival, why in record.get("broken", {}).items())
     return (
         f"{record['case']:<58}{record['ms']['fastconv']:>10.4f}{record['bytes_per_s'] / 1e9:>9.1f}"
-        f"{100 * record['of_roof']:>8.0f}%{ratios}{broken}"
+        f"{100 * record['of_roof']:>8.0f}%{ratios}{other}{broken}"
     )
 
 

@@ -19,3 +19,5 @@ ahead-of-time gate (tests/aot.py) records and compiles them. It wants 16-byte lo
 much for a thread; a module that can't do better for an argument says why in
 `NARROW = {"_<op>_fwd_kernel": {"x_ptr": "reason"}}`.
 """
+
+MAX_KERNEL_SIZE = 31  # of the convolutions: their taps are unrolled

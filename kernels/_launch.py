@@ -49,7 +49,7 @@ def options(num_warps: int, registers: int) -> dict[str, object]:
 
 
 def acc(dtype: torch.dtype) -> tl.dtype:
-    """In what a kernel computes with `dtype`: fp32, or fp64 for fp64, which only the interpreter is given."""
+    """In what a kernel computes with `dtype`: fp32, or fp64 for fp64, for the interpreter: the ops give a GPU none."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 

@@ -30,11 +30,9 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _launch
+from . import MAX_KERNEL_SIZE, _launch
 from ._reduce import sum_partials
 from ._spans import sequence_ends
-
-MAX_KERNEL_SIZE = 31  # taps are unrolled
 
 
 @triton.jit
@@ -113,7 +111,7 @@ def _separable_conv_fwd_kernel(
             acc = acc + (tl.zeros((BLOCK_G, BLOCK_C), ACC),)  # noqa: RUF005 (Triton has no unpacking)
         # So many taps at a time as a thread has registers for; in a loop, or the compiler holds them all at once.
         x = x_ptr + offs_g[:, None] * stride_xt + offs_c[None, :]
-        w = depthwise_ptr + offs_c * stride_wc
+        w = depthwise_ptr + offs_c.to(tl.int64) * stride_wc
         for k in range(0, K // TAPS * TAPS, TAPS):
             acc = _add_taps(acc, x, w, offs_g, first, last, mask_c, k, stride_xt, stride_wk, K, FLIP, TAPS, RUN)
         if K % TAPS > 0:

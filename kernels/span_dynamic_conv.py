@@ -33,10 +33,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _launch
+from . import MAX_KERNEL_SIZE, _launch
 from ._spans import tap_inside, token_span
-
-MAX_KERNEL_SIZE = 31  # taps are unrolled
 
 
 @triton.jit
@@ -216,10 +214,10 @@ def span_dynamic_conv_fwd(
     """y, and with `save` the largest logits and the sums of exponentials, (2, T, H) fp32 (fp64 for fp64).
 
     value (B, S, H*D) and kernel_logits (B, S, H*K) of one dtype; or (T, ...) with before and after, (T,) int32, of a
-    packing. y is `out`, (..., H*D) of any token stride, or new and contiguous.
+    packing. y is `out`, (..., H*D) contiguous but for the tokens' one stride, or new.
     """
     y = torch.empty(value.shape, dtype=value.dtype, device=value.device) if out is None else out
-    v, logits, y_rows = _launch.rows(value), _launch.rows(kernel_logits), y.reshape(-1, y.shape[-1])
+    v, logits, y_rows = _launch.rows(value), _launch.rows(kernel_logits), y.view(-1, y.shape[-1])
     tokens, heads = v.shape[0], logits.shape[1] // kernel_size
     size = v.shape[1] // heads
     stats = torch.empty(2, tokens, heads, dtype=_launch.acc_torch(v.dtype), device=v.device) if save else None

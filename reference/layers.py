@@ -70,10 +70,18 @@ class Embeddings(nn.Module):
 
 
 class GroupedLinear(nn.Module):
-    """A linear layer over groups of channels: see `ops.grouped_linear`."""
+    """A linear layer over groups of channels: see `ops.grouped_linear`.
+
+    Raises:
+        ValueError: a number of groups that is no divisor of both sizes.
+    """
 
     def __init__(self, size_in: int, size_out: int, num_groups: int) -> None:
         super().__init__()
+        if num_groups < 1 or size_in % num_groups or size_out % num_groups:
+            raise ValueError(
+                f"num_groups must be at least 1 and divide size_in {size_in} and size_out {size_out}, got {num_groups}"
+            )
         self.num_groups = num_groups
         self.weight = nn.Parameter(torch.empty(num_groups, size_in // num_groups, size_out // num_groups))
         self.bias = nn.Parameter(torch.zeros(size_out))
@@ -85,10 +93,16 @@ class GroupedLinear(nn.Module):
 
 
 class SeparableConv1D(nn.Module):
-    """A depthwise and a pointwise convolution along the sequence: see `ops.separable_conv`."""
+    """A depthwise and a pointwise convolution along the sequence: see `ops.separable_conv`.
+
+    Raises:
+        ValueError: an even kernel_size.
+    """
 
     def __init__(self, size_in: int, size_out: int, kernel_size: int) -> None:
         super().__init__()
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
         padding = kernel_size // 2
         self.depthwise = nn.Conv1d(size_in, size_in, kernel_size, padding=padding, groups=size_in, bias=False)
         self.pointwise = nn.Conv1d(size_in, size_out, 1, bias=False)

@@ -14,20 +14,22 @@ class Packing:
 
     cu_seqlens: (N + 1,), int32 or int64: 0, then the number of tokens up to the end of each of the N sequences, on the
         device of the tensors. A sequence may be empty.
-    indices: (T,), int64, or None: where the tokens stand in the padded batch `padded_shape`, (B, S), flat.
+    indices: (T,), int64, where the tokens stand in a padded batch, flat, and
+    padded_shape: that batch's (B, S): both or None.
 
-    `before` and `after`, (T,) int32, say how many tokens of its sequence stand before and after each token.
+    `before` and `after`, (T,) int32, say how many tokens of its sequence stand before and after each token; `first` and
+    `last`, (T,) int32, which token its sequence begins with, and one past the last.
 
     Raises:
-        TypeError: cu_seqlens that are no integers.
-        ValueError: another shape; cu_seqlens that don't begin with 0 or that run backwards.
+        TypeError: cu_seqlens or indices that are no tensors of integers.
+        ValueError: another shape; cu_seqlens that don't begin with 0 or that run backwards; indices without a
+            padded_shape or the other way round, on another device, or outside of it (looked at on the CPU only).
     """
 
     def __init__(
         self, cu_seqlens: Tensor, *, indices: Tensor | None = None, padded_shape: tuple[int, int] | None = None
     ) -> None:
-        if cu_seqlens.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"cu_seqlens must be an int32 or int64 tensor, got {cu_seqlens.dtype}")
+        _check_dtype("cu_seqlens", cu_seqlens, torch.int32, torch.int64)
         if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
             raise ValueError(f"cu_seqlens must have shape (N + 1,), got {tuple(cu_seqlens.shape)}")
         ends = cu_seqlens.tolist()  # the one look at the device
@@ -35,8 +37,7 @@ class Packing:
         if ends[0] != 0 or backwards is not None:
             where = f"{ends[backwards - 1]} before {ends[backwards]}" if backwards else f"{ends[0]} first"
             raise ValueError(f"cu_seqlens must begin with 0 and never fall, got {where}")
-        if indices is not None and tuple(indices.shape) != (ends[-1],):
-            raise ValueError(f"indices must have shape (T,) = {(ends[-1],)}, got {tuple(indices.shape)}")
+        _check_places(indices, padded_shape, ends[-1], cu_seqlens.device)
         self.cu_seqlens = cu_seqlens
         self.indices = indices
         self.padded_shape = padded_shape
@@ -49,6 +50,7 @@ class Packing:
         token = torch.arange(self.tokens, device=cu_seqlens.device)
         self.before = (token - start).int()
         self.after = (end - 1 - token).int()
+        self.first, self.last = start.int(), end.int()
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int] | Tensor, *, device: torch.device | str | None = None) -> Packing:
@@ -71,8 +73,11 @@ class Packing:
         """The packing of a padded batch: mask (B, S), 1 for tokens, 0 for padding, which may stand on either side.
 
         Raises:
+            TypeError: a mask that is no tensor.
             ValueError: another shape, other values, or padding between the tokens of a row.
         """
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"mask must be a torch.Tensor, got {type(mask).__name__}")
         if mask.dim() != 2:
             raise ValueError(f"mask must have shape (B, S), got {tuple(mask.shape)}")
         tokens = mask != 0
@@ -117,3 +122,30 @@ class Packing:
         if self.padded_shape is None:
             raise ValueError("this packing has no padded batch: make it with Packing.from_mask")
         return self.padded_shape
+
+
+def _check_dtype(name: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
+    if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes:
+        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name} must be an {expected} tensor, got {given}")
+
+
+def _check_places(
+    indices: Tensor | None, padded_shape: tuple[int, int] | None, tokens: int, device: torch.device
+) -> None:
+    if indices is None and padded_shape is None:
+        return
+    if indices is None or padded_shape is None:
+        given, missing = ("padded_shape", "indices") if indices is None else ("indices", "padded_shape")
+        raise ValueError(f"{given} needs {missing}, got None; Packing.from_mask makes both")
+    _check_dtype("indices", indices, torch.int64)
+    if tuple(indices.shape) != (tokens,):
+        raise ValueError(f"indices must have shape (T,) = {(tokens,)}, got {tuple(indices.shape)}")
+    if indices.device != device:
+        raise ValueError(f"indices are on {indices.device} but cu_seqlens is on {device}; move them to one device")
+    if device.type != "cpu" or tokens == 0:
+        return
+    (B, S), (low, high) = padded_shape, (int(value) for value in indices.aminmax())
+    if low < 0 or high >= B * S:
+        raise ValueError(f"indices must be from 0 to B * S - 1 = {B * S - 1}, got values from {low} to {high}")

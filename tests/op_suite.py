@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable
 
+import pytest
 import torch
 from tolerance import assert_2x
+from torch.utils.checkpoint import checkpoint
 
 Op = Callable[..., torch.Tensor]
 Inputs = dict[str, torch.Tensor]
@@ -72,6 +76,61 @@ def assert_pure(op: Op, inputs: Inputs) -> None:
         assert torch.equal(first, second)
     for name, t in inputs.items():
         assert torch.equal(t, before[name]), name
+
+
+def assert_second_derivative(op: Op, reference: Op, inputs: Inputs, refused: str | None) -> None:
+    """With create_graph=True the op says by the name `refused` that it can't, or has the reference's second derivative.
+
+    The inputs reach the loss on another path too: along it the engine would come to an end without the op's part.
+    """
+
+    def run(function: Op) -> tuple[torch.Tensor, ...]:
+        given = leaves(inputs)
+        wanted = [t for t in given.values() if t.requires_grad]
+        loss = function(**given).sin().sum() + sum(t.pow(3).sum() for t in wanted)
+        gradients = torch.autograd.grad(loss, wanted, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in gradients), wanted)
+
+    if refused is not None:
+        with pytest.raises(NotImplementedError, match=rf"fastconv's {refused} has no second derivative.*restore"):
+            run(op)
+        return
+    for name, got, expected in zip(inputs, run(op), run(reference), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def assert_checkpointed(op: Op, inputs: Inputs) -> None:
+    """Activation checkpointing, which runs a forward within a backward, gives the same gradients."""
+
+    def run(wrap: Callable[..., torch.Tensor]) -> list[torch.Tensor | None]:
+        given = leaves(inputs)
+        wrap(lambda *tensors: op(**dict(zip(inputs, tensors, strict=True))), *given.values()).sin().sum().backward()
+        return [t.grad for t in given.values()]
+
+    expected = run(lambda function, *tensors: function(*tensors))
+    for reentrant in (False, True):
+        got = run(functools.partial(checkpoint, use_reentrant=reentrant))
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, msg=lambda m, mode=reentrant: f"use_reentrant={mode}: {m}")
+
+
+def assert_traced(op: Op, inputs: Inputs) -> None:
+    """A torch.jit trace, made where no gradient was needed, still has the gradients."""
+    values = tuple(t.detach() for t in inputs.values())
+
+    def positional(*tensors: torch.Tensor) -> torch.Tensor:
+        return op(**dict(zip(inputs, tensors, strict=True)))
+
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # shapes are compared, and torch.jit is deprecated
+        traced = torch.jit.trace(positional, values, check_trace=False)
+    results = []
+    for function in (traced, positional):
+        given = [t.clone().requires_grad_() for t in values]
+        y = function(*given)
+        results.append([y, *torch.autograd.grad(y.sin().sum(), given)])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def assert_compiled(op: Op, inputs: Inputs) -> None:

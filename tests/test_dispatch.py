@@ -10,6 +10,7 @@ import torch
 
 import fastconv
 from fastconv import dispatch
+from fastconv.ops import _eager
 
 
 def test_backend_unknown_name():
@@ -54,3 +55,28 @@ def test_use_triton_is_traced_without_a_warning(monkeypatch):
         warnings.simplefilter("error")
         function = torch.compile(lambda x: x + dispatch.use_triton(x), backend="aot_eager", fullgraph=True)
         assert function(torch.zeros(1)).item() == 1
+
+
+def test_use_kernels_in_fp64_is_the_interpreters(monkeypatch):
+    # On a GPU fp64 is native; a meta tensor stands in for one there.
+    monkeypatch.setattr(_eager, "use_triton", lambda x: True)
+    assert _eager.use_kernels(torch.zeros(1, dtype=torch.float64))
+    assert _eager.use_kernels(torch.zeros(1, device="meta"))
+    assert not _eager.use_kernels(torch.zeros(1, device="meta", dtype=torch.float64))
+
+
+def test_use_kernels_where_nothing_but_the_call_follows(monkeypatch):
+    monkeypatch.setattr(_eager, "use_triton", lambda x: True)
+    x, seen = torch.zeros(1), []
+
+    def ask(x):
+        seen.append(_eager.use_kernels(x, None, x))
+        return x + 1
+
+    ask(x)
+    torch.func.vmap(ask)(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        torch.jit.trace(ask, (x,), check_trace=False)
+    assert seen == [True, False, False]
+    assert not _eager.use_kernels(x, x.as_subclass(type("Own", (torch.Tensor,), {})))

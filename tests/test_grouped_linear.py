@@ -6,11 +6,14 @@ import pytest
 import torch
 from op_suite import (
     assert_autocast_2x,
+    assert_checkpointed,
     assert_compiled,
     assert_each_gradient,
     assert_fp64,
     assert_inference_2x,
     assert_pure,
+    assert_second_derivative,
+    assert_traced,
     assert_transforms,
 )
 from shapes import LAYOUTS, ODD, with_layout
@@ -144,6 +147,20 @@ def test_grouped_linear_gradcheck(backend, device, activation):
 
 
 @pytest.mark.parametrize("activation", [None, "gelu"])
+def test_grouped_linear_second_derivative(backend, device, activation):
+    refused = "grouped_linear" if backend == "triton" else None
+    assert_second_derivative(*pair(activation), make((3,), device=device), refused)
+
+
+def test_grouped_linear_checkpointed(backend, device):
+    assert_checkpointed(pair("gelu")[0], make((3,), device=device))
+
+
+def test_grouped_linear_traced(backend, device):
+    assert_traced(pair("gelu")[0], make((3,), device=device))
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
 def test_grouped_linear_is_pure(backend, device, activation):
     assert_pure(pair(activation)[0], make((3, 4), device=device))
 
@@ -270,6 +287,14 @@ def test_grouped_linear_without_channels(backend, device, size_in, size_out):
     inputs = {k: t.to(device) for k, t in inputs.items()}
     inputs |= {"x": inputs["x"][:, : 2 * size_in], "weight": inputs["weight"][:, :size_in]}
     torch.testing.assert_close(grouped_linear(**inputs), inputs["bias"].expand(3, 2 * size_out))
+
+
+@pytest.mark.parametrize(
+    "sizes", [(10, 12, 3), (12, 10, 3), (10, 12, 0), (10, 12, -2)], ids=["input", "output", "zero", "negative"]
+)
+def test_grouped_linear_module_groups_must_divide(sizes):
+    with pytest.raises(ValueError, match=rf"divide size_in {sizes[0]} and size_out {sizes[1]}, got {sizes[2]}"):
+        fastconv.nn.GroupedLinear(*sizes)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import importlib
 
 import pytest
 import torch
+from op_suite import assert_checkpointed, assert_second_derivative, assert_traced
 from shapes import LAYOUTS, with_layout
 from tolerance import INTERPRETING, assert_2x, assert_op_2x
 from torch.library import opcheck
@@ -156,17 +157,22 @@ def test_layer_norm_gradcheck(backend, device):
     def op(x, weight, bias, x_bias, residual):
         return layer_norm(x, weight, bias, 1e-12, x_bias=x_bias, residual=residual)
 
-    # The native formulation supports double backward; the kernel's gradient refuses it (tested below).
     assert torch.autograd.gradcheck(op, leaves)
 
 
-def test_layer_norm_double_backward_is_refused(device):
-    inputs = make((3, 5), torch.float64, device)
-    x = inputs["x"].requires_grad_()
-    with fastconv.backend("triton"):
-        (dx,) = torch.autograd.grad(layer_norm(**inputs).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
+@pytest.mark.parametrize("fused", [False, True])
+def test_layer_norm_second_derivative(backend, device, fused):
+    inputs = make((3, 5), torch.float32, device, fused=fused)
+    refused = "layer_norm" if backend == "triton" else None
+    assert_second_derivative(layer_norm, reference_layer_norm, inputs, refused)
+
+
+def test_layer_norm_checkpointed(backend, device):
+    assert_checkpointed(layer_norm, make((3, 5), torch.float32, device))
+
+
+def test_layer_norm_traced(backend, device):
+    assert_traced(layer_norm, make((3, 5), torch.float32, device))
 
 
 @pytest.mark.parametrize("frozen", ["x", "weight", "bias", "x_bias", "residual"])

@@ -8,11 +8,14 @@ import pytest
 import torch
 from op_suite import (
     assert_autocast_2x,
+    assert_checkpointed,
     assert_compiled,
     assert_each_gradient,
     assert_fp64,
     assert_inference_2x,
     assert_pure,
+    assert_second_derivative,
+    assert_traced,
     assert_transforms,
 )
 from shapes import LAYOUTS, ODD, with_layout
@@ -176,6 +179,20 @@ def test_linear_act_each_gradient(backend, device, activation):
 def test_linear_act_gradcheck(backend, device):
     inputs = make((3, 5), 4, torch.float64, device)
     assert torch.autograd.gradcheck(pair("gelu")[0], [t.requires_grad_() for t in inputs.values()])
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_linear_act_second_derivative(backend, device, activation):
+    refused = "linear_act" if backend == "triton" and activation else None
+    assert_second_derivative(*pair(activation), make((3, 12), 10, device=device), refused)
+
+
+def test_linear_act_checkpointed(backend, device):
+    assert_checkpointed(pair("gelu")[0], make((3, 12), 10, device=device))
+
+
+def test_linear_act_traced(backend, device):
+    assert_traced(pair("gelu")[0], make((3, 12), 10, device=device))
 
 
 def test_linear_act_is_pure(backend, device):

@@ -39,6 +39,11 @@ def test_gradients_go_through():
     assert torch.autograd.gradcheck(lambda x: packing.unpack(packing.pack(x).sin()), x)
 
 
+def places(indices=None, padded_shape=None):
+    """A packing of one sequence of two tokens."""
+    return Packing(torch.tensor([0, 2]), indices=indices, padded_shape=padded_shape)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -47,6 +52,16 @@ def test_gradients_go_through():
         (lambda: Packing(torch.tensor([[0, 4]])), ValueError, r"shape \(N \+ 1,\), got \(1, 2\)"),
         (lambda: Packing(torch.tensor([], dtype=torch.int64)), ValueError, r"got \(0,\)"),
         (lambda: Packing(torch.tensor([0.0, 4.0])), TypeError, "int32 or int64 tensor, got torch.float32"),
+        (lambda: Packing([0, 4]), TypeError, "cu_seqlens must be an int32 or int64 tensor, got list"),
+        (lambda: Packing.from_mask([[1, 0]]), TypeError, "mask must be a torch.Tensor, got list"),
+        (lambda: places(padded_shape=(1, 3)), ValueError, "padded_shape needs indices, got None"),
+        (lambda: places(torch.tensor([0, 1])), ValueError, "indices needs padded_shape, got None"),
+        (lambda: places(torch.tensor([0.0, 1.0]), (1, 3)), TypeError, "an int64 tensor, got torch.float32"),
+        (lambda: places([0, 1], (1, 3)), TypeError, "indices must be an int64 tensor, got list"),
+        (lambda: places(torch.tensor([0, 1, 2]), (1, 3)), ValueError, r"shape \(T,\) = \(2,\), got \(3,\)"),
+        (lambda: places(torch.tensor([0, 9]), (1, 3)), ValueError, "from 0 to .* = 2, got values from 0 to 9"),
+        (lambda: places(torch.tensor([-1, 1]), (1, 3)), ValueError, "got values from -1 to 1"),
+        (lambda: places(torch.empty(2, dtype=torch.int64, device="meta"), (1, 3)), ValueError, "indices are on meta"),
         (lambda: Packing.from_lengths([3, -1]), ValueError, r"of at least 0, got \[3, -1\]"),
         (lambda: Packing.from_lengths([[3]]), ValueError, r"\(N,\) integers"),
         (lambda: Packing.from_lengths([1.5]), TypeError, "lengths must be integers, got torch.float32"),

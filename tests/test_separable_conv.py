@@ -8,11 +8,14 @@ import pytest
 import torch
 from op_suite import (
     assert_autocast_2x,
+    assert_checkpointed,
     assert_compiled,
     assert_each_gradient,
     assert_fp64,
     assert_inference_2x,
     assert_pure,
+    assert_second_derivative,
+    assert_traced,
     assert_transforms,
 )
 from shapes import LAYOUTS, ODD, with_layout
@@ -109,13 +112,12 @@ def test_separable_conv_shift_and_add(device, dtype):
     assert_op_2x(shift_and_add, conv1d, {"x": 1 + 0.1 * inputs["x"], "weight": inputs["depthwise"]})
 
 
-def test_separable_conv_limit_is_the_kernels():
-    kernels = pytest.importorskip("fastconv.kernels.separable_conv", reason="the kernels need triton")
-    assert importlib.import_module("fastconv.ops.separable_conv")._MAX_KERNEL_SIZE == kernels.MAX_KERNEL_SIZE
-
-
-def test_separable_conv_past_the_kernels_taps(backend, device):
-    assert_parity(make(S=6, K=33, device=device))
+def test_separable_conv_module_of_many_taps(backend, device):
+    # More than the op takes are the plain formulation's.
+    module = fastconv.nn.SeparableConv1D(6, 4, 33).to(device)
+    x, gate = torch.randn(2, 5, 6, device=device), torch.randn(2, 5, 4, device=device)
+    weights = module.depthwise.weight, module.pointwise.weight, module.bias
+    torch.testing.assert_close(module(x, gate), reference_separable_conv(x, *weights, gate=gate))
 
 
 def test_separable_conv_many_tokens(backend, device):
@@ -163,6 +165,78 @@ def test_separable_conv_gradcheck(backend, device):
         return separable_conv(x, depthwise, pointwise, bias, gate=gate)
 
     assert torch.autograd.gradcheck(op, [t.requires_grad_() for t in inputs.values()])
+
+
+@pytest.mark.parametrize("gate", [True, False])
+def test_separable_conv_second_derivative(backend, device, gate):
+    functions = separable_conv, reference_separable_conv
+    refused = "separable_conv" if backend == "triton" else None
+    assert_second_derivative(*functions, make(S=4, device=device, gate=gate), refused)
+    if device.type == "cpu":
+        # In half precision the native formulation, too, has a gradient of its own.
+        inputs = make(S=4, device=device, gate=gate, dtype=torch.bfloat16)
+        assert_second_derivative(*functions, inputs, "separable_conv")
+
+
+def test_separable_conv_checkpointed(backend, device):
+    assert_checkpointed(separable_conv, make(S=4, device=device))
+
+
+def test_separable_conv_traced(backend, device):
+    assert_traced(separable_conv, make(S=4, device=device))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("neighbour", [float("inf"), float("nan")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_separable_conv_packed_next_to_no_numbers(backend, device, neighbour, dtype):
+    inputs, packing = packed([5, 4, 5], device=device, K=9, dtype=dtype)
+    own = slice(5, 9)
+    alone = {k: t[None, own] if k in ("x", "gate") else t for k, t in inputs.items()}
+    for name in ("x", "gate"):
+        inputs[name] = inputs[name].clone()
+        inputs[name][:5], inputs[name][9:] = neighbour, neighbour
+    results = []
+    for given, keywords in ((inputs, {"packing": packing}), (alone, {})):
+        x = given["x"].detach().requires_grad_()
+        y = separable_conv(**given | {"x": x}, **keywords)
+        y = y[own] if keywords else y[0]
+        (dx,) = torch.autograd.grad(y.float().sin().sum(), x)
+        results.append((y, dx[own] if keywords else dx[0]))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+def test_separable_conv_sums_whatever_the_default_dtype(device):
+    # The taps' gradient over many rows in half precision: in a sum of the default dtype each would lose digits.
+    inputs = make(B=256, S=8, C=4, O=2, dtype=torch.bfloat16, device=device, gate=False)
+    dy = torch.ones(256, 8, 2, device=device, dtype=torch.bfloat16)
+    inputs["x"] += 1
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with fastconv.backend("native"):
+            assert_op_2x(separable_conv, reference_separable_conv, inputs, dy)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_separable_conv_module_with_a_packing(backend, device):
+    module = fastconv.nn.SeparableConv1D(6, 4, 3).to(device)
+    x, packing = torch.randn(7, 6, device=device), Packing.from_lengths([7], device=device)
+    torch.testing.assert_close(module(x, packing=packing), module(x[None])[0])
+    hook = module.depthwise.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"a packing needs .* nothing but nn\.Conv1d.*hooks"):
+        module(x, packing=packing)
+    hook.remove()
+    assert module(x, packing=packing).shape == (7, 4)
+    with pytest.raises(ValueError, match="at most 31 taps"):
+        fastconv.nn.SeparableConv1D(6, 4, 33).to(device)(x, packing=packing)
+
+
+@pytest.mark.parametrize("kernel_size", [0, 4, -3])
+def test_separable_conv_module_needs_an_odd_kernel(kernel_size):
+    with pytest.raises(ValueError, match=f"kernel_size must be odd, got {kernel_size}"):
+        fastconv.nn.SeparableConv1D(10, 12, kernel_size)
 
 
 def test_separable_conv_is_pure(backend, device):
@@ -303,6 +377,7 @@ def test_separable_conv_opcheck(device, is_packed):
         ({"gate": torch.ones(2, 11, 4, dtype=torch.bool)}, TypeError, r"gate must be.*bool"),
         ({"depthwise": torch.ones(6, 1, 4)}, ValueError, r"kernel_size must be odd, got 4"),
         ({"depthwise": torch.ones(6, 1, 0)}, ValueError, r"kernel_size must be odd, got 0"),
+        ({"depthwise": torch.ones(6, 1, 33)}, ValueError, r"kernel_size must be odd and at most 31, got 33"),
         (
             {"depthwise": torch.ones(5, 1, 3)},
             ValueError,

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from op_suite import (
     assert_autocast_2x,
+    assert_checkpointed,
     assert_compiled,
     assert_each_gradient,
     assert_fp64,
     assert_inference_2x,
     assert_pure,
+    assert_second_derivative,
+    assert_traced,
     assert_transforms,
     leaves,
 )
@@ -125,6 +130,18 @@ def test_span_dynamic_conv_gradcheck(backend, device):
     assert torch.autograd.gradcheck(pair(5)[0], [t.requires_grad_() for t in inputs.values()])
 
 
+def test_span_dynamic_conv_second_derivative(backend, device):
+    assert_second_derivative(*pair(), make(S=4, device=device), "span_dynamic_conv")
+
+
+def test_span_dynamic_conv_checkpointed(backend, device):
+    assert_checkpointed(pair()[0], make(S=4, device=device))
+
+
+def test_span_dynamic_conv_traced(backend, device):
+    assert_traced(pair()[0], make(S=4, device=device))
+
+
 def test_span_dynamic_conv_one_tensor_in_two_slots(backend, device):
     # value and kernel_logits may be one tensor if a head is as wide as its kernel.
     x = torch.randn(2, 7, 6, device=device)
@@ -157,7 +174,39 @@ def test_span_dynamic_conv_transforms(backend, device):
 
 
 def test_span_dynamic_conv_autocast(backend, device):
-    assert_autocast_2x(*pair(), make(device=device))
+    inputs = make(device=device)
+    # Numbers of bf16, as the linear layer before makes them: to round logits here would be its error, not the op's.
+    inputs["kernel_logits"] = inputs["kernel_logits"].bfloat16().float()
+    assert_autocast_2x(*pair(), inputs)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
+def test_span_dynamic_conv_autocast_of_mixed_dtypes(backend, device, dtypes, trained):
+    # As transformers computes it: a softmax, and a product of windows and weights, which is in autocast's dtype.
+    inputs = {k: t.to(d).requires_grad_(trained) for (k, t), d in zip(make(device=device).items(), dtypes, strict=True)}
+    with torch.autocast(device.type, torch.bfloat16):
+        y = span_dynamic_conv(**inputs, kernel_size=3)
+        windows = torch.nn.functional.pad(inputs["value"], (0, 0, 1, 1)).unfold(1, 3, 1).reshape(2, 11, 2, 5, 3)
+        weights = inputs["kernel_logits"].reshape(2, 11, 2, 3, 1).softmax(-2)
+        expected = torch.matmul(windows, weights).reshape(2, 11, 10)
+    assert y.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(y, expected, rtol=3e-2, atol=3e-2)
+    if trained:
+        y.float().sum().backward()
+        assert all(t.grad.dtype == t.dtype for t in inputs.values())
+    else:
+        with torch.autocast(device.type, torch.bfloat16):
+            assert span_dynamic_conv(**inputs, kernel_size=3, out=torch.empty_like(y)).equal(y)
+
+
+@pytest.mark.parametrize("name", ["value", "kernel_logits"])
+def test_span_dynamic_conv_fp64_stays_under_autocast(backend, device, name):
+    inputs = {k: t.double() for k, t in make(device=device).items()}
+    with torch.autocast(device.type, torch.bfloat16):
+        assert span_dynamic_conv(**inputs, kernel_size=3).dtype == torch.float64
+        with pytest.raises(TypeError, match="one dtype, got"):
+            span_dynamic_conv(**inputs | {name: inputs[name].float()}, kernel_size=3)
 
 
 # out
@@ -173,6 +222,90 @@ def test_span_dynamic_conv_out(backend, device, dtype):
     assert y.data_ptr() == wide[..., 5:15].data_ptr() and y.shape == (2, 11, 10)
     assert_2x("out", wide[..., 5:15], reference_span_dynamic_conv(**inputs, kernel_size=3), truth)
     assert (wide[..., :5] == 7).all() and (wide[..., 15:] == 7).all()
+
+
+def wide_values(B, S, C, device):
+    """Memory that holds more than an `out`, filled with 7."""
+    return torch.full((B, S, C), 7.0, device=device)
+
+
+# Name -> an `out` of (2, 70, 6): more tokens than a block has.
+OUTS = {
+    "contiguous": lambda device: wide_values(2, 70, 6, device),
+    "slice of channels": lambda device: wide_values(2, 70, 20, device)[..., 3:9],
+    "slice of tokens": lambda device: wide_values(2, 75, 6, device)[:, 2:72],
+    "every second token": lambda device: wide_values(2, 140, 6, device)[:, ::2],
+    "every second row": lambda device: wide_values(4, 70, 6, device)[::2],
+    "sequence first": lambda device: wide_values(70, 2, 6, device).transpose(0, 1),
+    "channels first": lambda device: wide_values(2, 6, 70, device).transpose(1, 2),
+    "every second channel": lambda device: wide_values(2, 70, 12, device)[..., ::2],
+}
+
+
+@pytest.mark.parametrize("layout", OUTS)
+def test_span_dynamic_conv_out_layouts(backend, device, layout):
+    inputs, out = make(S=70, D=3, device=device), OUTS[layout](device)
+    whole = out._base if out._base is not None else out
+    with torch.no_grad():
+        assert span_dynamic_conv(**inputs, kernel_size=3, out=out) is out
+        assert torch.equal(out, span_dynamic_conv(**inputs, kernel_size=3))
+        out.fill_(7.0)
+    assert (whole == 7).all()
+
+
+@pytest.mark.parametrize("where", ["value", "kernel_logits", "a token on", "beside value"])
+def test_span_dynamic_conv_out_in_the_memory_of_an_input(backend, device, where):
+    # Tokens are read again after their neighbours are written: by another program, say.
+    inputs = make(B=1, S=2000, H=2, D=3, device=device)
+    if where == "a token on":
+        whole = torch.randn(1, 2001, 6, device=device)
+        inputs["value"], out = whole[:, :-1], whole[:, 1:]
+    elif where == "beside value":
+        inputs["value"], out = torch.randn(1, 2000, 12, device=device).split(6, -1)
+    else:
+        out = inputs[where]
+    with torch.no_grad():
+        expected = span_dynamic_conv(**inputs, kernel_size=3)
+        assert torch.equal(span_dynamic_conv(**inputs, kernel_size=3, out=out), expected)
+
+
+def test_span_dynamic_conv_kernel_writes_a_slice_itself(device):
+    takes_rows = importlib.import_module("fastconv.ops._out").takes_rows
+    inputs = make(S=70, D=3, device=device).values()
+    direct = [name for name, make_out in OUTS.items() if takes_rows(make_out(device), *inputs)]
+    assert direct == ["contiguous", "slice of channels", "every second token"]
+    assert takes_rows(torch.empty(70, 20, device=device)[:, 3:9], *inputs)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_span_dynamic_conv_out_of_shared_memory(backend, device, compiled):
+    inputs = make(device=device)
+
+    def run(value, kernel_logits, out):
+        return span_dynamic_conv(value, kernel_logits, 3, out=out)
+
+    torch._dynamo.reset()
+    function = torch.compile(run, backend="aot_eager") if compiled else run
+    expanded = torch.zeros(1, 1, 10, device=device).expand(2, 11, 10)
+    windows = torch.zeros(2 * 11 * 10, device=device).as_strided((2, 11, 10), (11, 1, 1))
+    for out in (expanded,) if compiled else (expanded, windows):
+        with torch.no_grad(), pytest.raises(ValueError, match=r"must not share memory, got strides \((0, 0|11, 1)"):
+            function(**inputs, out=out)
+
+
+@pytest.mark.parametrize("layout", OUTS)
+def test_span_dynamic_conv_out_compiled(backend, device, layout):
+    inputs, out = make(S=70, D=3, device=device), OUTS[layout](device)
+
+    def run(value, kernel_logits, out):
+        return span_dynamic_conv(value, kernel_logits, 3, out=out)
+
+    with torch.no_grad():
+        expected = span_dynamic_conv(**inputs, kernel_size=3)
+        for dynamic in (False, True):
+            torch._dynamo.reset()
+            torch.compile(run, backend="aot_eager", fullgraph=True, dynamic=dynamic)(**inputs, out=out.zero_())
+            torch.testing.assert_close(out, expected)
 
 
 @pytest.mark.parametrize("trained", ["value", "kernel_logits", "out"])
@@ -225,6 +358,23 @@ def test_span_dynamic_conv_packed_is_each_sequence_alone(backend, device, length
             for a, b in zip(got, want, strict=True):
                 assert torch.equal(a[own], b[0]) and not a[:start].any() and not a[start + length :].any()
         start += length
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("neighbour", [float("inf"), float("nan")])
+@pytest.mark.parametrize("where", ["value", "kernel_logits"])
+def test_span_dynamic_conv_packed_next_to_no_numbers(backend, device, where, neighbour):
+    inputs = {k: t[0] for k, t in make(B=1, S=14, K=9, device=device).items()}
+    packing, own = Packing.from_lengths([5, 4, 5], device=device), slice(5, 9)
+    alone = leaves({k: t[None, own] for k, t in inputs.items()})
+    inputs[where][:5], inputs[where][9:] = neighbour, neighbour
+    given = leaves(inputs)
+    y = span_dynamic_conv(**given, kernel_size=9, packing=packing)[own]
+    expected = span_dynamic_conv(**alone, kernel_size=9)[0]
+    assert torch.equal(y, expected)
+    got = torch.autograd.grad(y.sin().sum(), list(given.values()))
+    want = torch.autograd.grad(expected.sin().sum(), list(alone.values()))
+    assert all(torch.equal(a[own], b[0]) for a, b in zip(got, want, strict=True))
 
 
 def test_span_dynamic_conv_rows_of_one_length_are_a_packing(backend, device):
@@ -286,6 +436,11 @@ def test_span_dynamic_conv_empty_batch(backend, device, B, S):
         ({"kernel_logits": torch.ones(2, 11, 6, dtype=torch.bool)}, TypeError, r"kernel_logits must be.*bool"),
         ({"kernel_size": 4}, ValueError, r"kernel_size must be odd, got 4"),
         ({"kernel_size": -1}, ValueError, r"kernel_size must be odd, got -1"),
+        (
+            {"kernel_logits": torch.ones(2, 11, 66), "kernel_size": 33},
+            ValueError,
+            r"kernel_size must be odd and at most 31, got 33",
+        ),
         ({"kernel_size": 3.0}, TypeError, r"kernel_size must be an int, got float"),
         ({"kernel_size": 5}, ValueError, r"divisible by kernel_size 5.*got \(2, 11, 6\) and \(2, 11, 10\)"),
         ({"value": torch.ones(2, 11, 9)}, ValueError, r"H\*D divisible by H, got \(2, 11, 6\) and \(2, 11, 9\)"),
@@ -308,6 +463,7 @@ def test_span_dynamic_conv_empty_batch(backend, device, B, S):
             TypeError,
             "packing must be a fastconv.Packing or None, got Tensor",
         ),
+        ({"out": [1.0]}, TypeError, r"out must be a torch.Tensor or None, got list"),
         ({"out": torch.ones(2, 11, 9)}, ValueError, r"out must be \(2, 11, 10\).*got \(2, 11, 9\)"),
         ({"out": torch.ones(2, 11, 10).half()}, ValueError, r"out must be .*float32.*got .*float16"),
     ],
@@ -315,3 +471,9 @@ def test_span_dynamic_conv_empty_batch(backend, device, B, S):
 def test_span_dynamic_conv_bad_input(backend, changes, error, message):
     with pytest.raises(error, match=message):
         span_dynamic_conv(**({**make(), "kernel_size": 3} | changes))
+
+
+@pytest.mark.parametrize("kernel_size", [33, 4, 0])
+def test_span_dynamic_conv_module_knows_its_taps(kernel_size):
+    with pytest.raises(ValueError, match=f"kernel_size must be odd and at most 31, got {kernel_size}"):
+        fastconv.nn.SpanDynamicConv(kernel_size)

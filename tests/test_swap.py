@@ -440,8 +440,7 @@ def test_the_last_backend_counts(monkeypatch):
         seen.append(getattr(dispatch._of_module, "name", None) or dispatch._current)
         return use_triton(x)
 
-    monkeypatch.setattr("fastconv.ops.layer_norm.use_triton", spy, raising=False)
-    monkeypatch.setattr(sys.modules["fastconv.ops.layer_norm"], "use_triton", spy)
+    monkeypatch.setattr("fastconv.ops._eager.use_triton", spy)
     fast = fastconv.accelerate(build("reference", "BertModel", num_hidden_layers=1))
     infer(fast)
     assert set(seen) == {"native"}  # this file's own choice, by fastconv.backend
@@ -516,6 +515,22 @@ def test_odd_configs(config):
     assert attention_of(fast.inner).fastconv_config is fast.inner.config
     assert_same(original, fast.inner)
     assert fastconv.accelerate(Odd(attention_of(copy.deepcopy(original)), config)).inner.fastconv_config is None
+
+
+@pytest.mark.parametrize("source", ["reference", "transformers"])
+def test_more_taps_than_the_ops_take(source):
+    original, fast = pair(source, "ConvBert", conv_kernel_size=33)
+    assert_same(original, fast)
+
+
+@pytest.mark.parametrize("kernel_size", [4, 33])
+def test_a_lone_separable_convolution_of_other_taps(kernel_size):
+    # Of transformers, whose module takes an even number of them, too.
+    original = attention_of(build("transformers", "ConvBertModel")).key_conv_attn_layer
+    original.depthwise = nn.Conv1d(16, 16, kernel_size, padding=kernel_size // 2, groups=16, bias=False)
+    fast = fastconv.accelerate(copy.deepcopy(original))
+    x = torch.randn(2, 16, 7)
+    torch.testing.assert_close(fast(x), original(x))
 
 
 # restore

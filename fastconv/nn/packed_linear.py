@@ -33,7 +33,8 @@ def packed_linear(x: torch.Tensor, layers: Sequence[Any]) -> list[torch.Tensor]:
     For inference the layers' parameters become neighbours in memory, so that the packed weight is that memory and can't
     be stale: whatever writes to a parameter writes to it. The Parameter objects stay the same, and each has a storage
     of its own size. Parameters whose memory something else uses too are left where they are. With a gradient the
-    parameters are concatenated, and autograd splits it.
+    parameters are concatenated, and autograd splits it. A CUDA graph captured before the first call for inference reads
+    memory that the parameters have left: make that call first, as a warm-up.
     """
     if not all(plain_linear(layer) for layer in layers) or len({layer.bias is None for layer in layers}) != 1:
         return [linear(x, layer) for layer in layers]

@@ -6,12 +6,11 @@ import functools
 from types import ModuleType
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from fastconv.ops import _onednn
-from fastconv.ops._dense import autocast, check_dtypes, use_kernels
-from fastconv.ops._eager import autocasting
-from fastconv.ops._register import needs_grad, register
+from fastconv.ops._dense import check_dtypes
+from fastconv.ops._eager import autocast, autocasting, use_kernels
+from fastconv.ops._register import needs_grad, once_differentiable, register
 from fastconv.reference.ops import get_activation
 from fastconv.reference.ops.grouped_linear import check
 
@@ -32,7 +31,7 @@ def grouped_linear(
     """
     check(x, weight, bias)
     function = get_activation(activation)
-    if not use_kernels(x, weight, bias):
+    if weight.numel() == 0 or not use_kernels(x, weight, bias):
         if not autocasting(x):
             check_dtypes(x=x, weight=weight, bias=bias)
         return _native(x, weight, bias, activation)
@@ -99,7 +98,7 @@ class _GroupedLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("grouped_linear")
     def backward(ctx, dy):
         x, weight, pre = ctx.saved_tensors
         groups, size_in, size_out = weight.shape

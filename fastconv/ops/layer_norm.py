@@ -7,11 +7,10 @@ from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
-from fastconv.dispatch import use_triton
-from fastconv.ops._eager import autocasting
-from fastconv.ops._register import needs_grad, register
+from fastconv.ops._eager import autocasting, use_kernels
+from fastconv.ops._register import needs_grad, once_differentiable, register
+from fastconv.ops._seed import check_seed, draw_seed, native_keep_mask
 from fastconv.reference.ops.layer_norm import check
 
 _MAX_CHANNELS = 8192  # fastconv.kernels.layer_norm.MAX_CHANNELS, known here without importing triton
@@ -43,11 +42,11 @@ def layer_norm(
     don't fit. Statistics are fp32 at least. Source: Ba, Kiros, Hinton, arXiv 1607.06450, section 3.
     """
     check(x, weight, bias, x_bias, residual, dropout_p)
-    _check_seed(x, seed)
-    if not use_triton(x) or x.shape[-1] > _MAX_CHANNELS:
+    check_seed(x, seed)
+    if x.shape[-1] > _MAX_CHANNELS or not use_kernels(x, weight, bias, x_bias, residual):
         return _native(x, weight, bias, eps, x_bias, residual, dropout_p, seed)
     if dropout_p > 0.0 and seed is None:
-        seed = torch.randint(2**63 - 1, (), device=x.device)
+        seed = draw_seed(x)
     if residual is x:
         # Dynamo gives half the gradient for a tensor in two slots of an autograd.Function (pytorch #183604).
         residual = x.view_as(x)
@@ -55,13 +54,6 @@ def layer_norm(
     if needs_grad(x, weight, bias, x_bias, residual):
         return _LayerNorm.apply(x, weight, bias, eps, x_bias, residual, dropout_p, seed, out_dtype)
     return _forward(x, weight, bias, eps, x_bias, residual, dropout_p, seed, out_dtype, False)[0]
-
-
-def _check_seed(x: torch.Tensor, seed: torch.Tensor | None) -> None:
-    if seed is not None and (seed.dtype != torch.int64 or seed.dim() != 0 or seed.device != x.device):
-        raise ValueError(
-            f"seed must be a () int64 tensor on {x.device}, got {tuple(seed.shape)} {seed.dtype} on {seed.device}"
-        )
 
 
 def _out_dtype(x: torch.Tensor, residual: torch.Tensor | None) -> torch.dtype:
@@ -137,7 +129,7 @@ class _LayerNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("layer_norm")
     def backward(ctx, dy):
         z, weight, mean, rstd, seed = ctx.saved_tensors
         bias_dtype, x_bias_dtype, residual_dtype = ctx.dtypes
@@ -189,9 +181,4 @@ def _native(x, weight, bias, eps, x_bias, residual, dropout_p, seed):
 def _native_dropout(z: torch.Tensor, p: float, seed: torch.Tensor | None) -> torch.Tensor:
     if seed is None:
         return F.dropout(z, p)
-    # bernoulli_ with a generator of its own: F.dropout has no seed. Reading the seed waits for the device. The CPU's
-    # generator looks at 32 bits only.
-    number = int(seed)
-    generator = torch.Generator(z.device).manual_seed((number ^ (number >> 32)) & 0xFFFFFFFF)
-    keep = torch.empty(z.shape, dtype=torch.bool, device=z.device).bernoulli_(1.0 - p, generator=generator)
-    return torch.where(keep, z * (1.0 / (1.0 - p)), 0.0)
+    return torch.where(native_keep_mask(z.shape, p, seed), z * (1.0 / (1.0 - p)), 0.0)

@@ -7,16 +7,14 @@ from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
-from fastconv.dispatch import use_triton
 from fastconv.ops import _onednn
-from fastconv.ops._eager import autocasting, transformed, unobserved
-from fastconv.ops._register import needs_grad, register
+from fastconv.ops._eager import autocast, unobserved, use_kernels
+from fastconv.ops._register import needs_grad, once_differentiable, register
+from fastconv.ops._windows import check_kernel_size, each_alone
 from fastconv.reference import Packing
 from fastconv.reference.ops.separable_conv import check
 
-_MAX_KERNEL_SIZE = 31  # fastconv.kernels.separable_conv.MAX_KERNEL_SIZE, known here without importing triton
 _MAX_BF16_TAPS = 13  # of a convolution by oneDNN
 
 
@@ -32,7 +30,7 @@ def separable_conv(
     """(pointwise @ d[b, s] + bias) * gate[b, s], where d[b, s, c] = sum_k depthwise[c, k] * x[b, s + k - K//2, c].
 
     x: (B, S, C) float, zero outside the sequence; with a packing (T, C)
-    depthwise: (C, 1, K), K odd, up to 31 by the kernel, any by the native formulation; dtype of x
+    depthwise: (C, 1, K), K odd and at most 31, dtype of x
     pointwise: (O, C, 1); bias: (O, 1); dtype of x
     gate: (B, S, O), with a packing (T, O), dtype of x, or None
     packing: where the sequences of T tokens begin and end; no window crosses that
@@ -43,19 +41,18 @@ def separable_conv(
     which the forward writes anyway, C + O elements a token of memory: to compute them again would cost a
     convolution and a matrix product.
 
-    Raises: TypeError for tensors that are not real floating point or not of one dtype; ValueError for an even K,
-    shapes, devices or a packing that don't fit. Source: Jiang et al., arXiv 2008.02496, section 4.2; Chollet, arXiv
-    1610.02357.
+    Raises: TypeError for tensors that are not real floating point or not of one dtype; ValueError for a K that is
+    even or too large, shapes, devices or a packing that don't fit. Source: Jiang et al., arXiv 2008.02496, section 4.2;
+    Chollet, arXiv 1610.02357.
     """
     check(x, depthwise, pointwise, bias, gate, packing)
-    if autocasting(x):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, depthwise, pointwise, bias = (t.to(dtype) for t in (x, depthwise, pointwise, bias))
-        gate = None if gate is None else gate.to(dtype)
+    check_kernel_size(depthwise.shape[-1])
+    x, depthwise, pointwise, bias = (autocast(t) for t in (x, depthwise, pointwise, bias))
+    gate = None if gate is None else autocast(gate)
     for name, t in (("depthwise", depthwise), ("pointwise", pointwise), ("bias", bias), ("gate", gate)):
         if t is not None and t.dtype != x.dtype:
             raise TypeError(f"x and {name} must have one dtype, got {x.dtype} and {t.dtype}")
-    if not use_triton(x) or depthwise.shape[-1] > _MAX_KERNEL_SIZE or transformed():
+    if not use_kernels(x, depthwise, pointwise, bias, gate):
         return _native(x, depthwise, pointwise, bias, gate, packing)
     before, after = (None, None) if packing is None else (packing.before, packing.after)
     if gate is x:
@@ -129,7 +126,7 @@ class _SeparableConv(torch.autograd.Function):
         return product if gate is None else product * gate
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("separable_conv")
     def backward(ctx, dy):
         x, depthwise, pointwise, gate, spread, product, before, after = ctx.saved_tensors
         need_x, need_depthwise, need_pointwise, need_bias = ctx.needs_input_grad[:4]
@@ -161,7 +158,10 @@ def _native(
     gate: torch.Tensor | None,
     packing: Packing | None,
 ) -> torch.Tensor:
-    spread = _depthwise(x, depthwise) if packing is None else _packed_depthwise(x, depthwise, packing)
+    if packing is None:
+        spread = _depthwise(x, depthwise)
+    else:
+        spread = each_alone(lambda x: _depthwise(x, depthwise), packing, depthwise.shape[-1], x)
     weight, bias = pointwise.squeeze(-1), bias.squeeze(-1)
     factor = gate if gate is not None and gate.is_contiguous() else None
     if not _onednn.usable(spread, weight, bias, factor):
@@ -171,15 +171,6 @@ def _native(
     else:
         y = _onednn.linear(spread, weight, bias)
     return y if gate is None else y * gate
-
-
-def _packed_depthwise(x: torch.Tensor, weight: torch.Tensor, packing: Packing) -> torch.Tensor:
-    """(T, C) -> (T, C): as one sequence, with so many zeros between the packed ones as a window reaches over."""
-    gap = weight.shape[-1] // 2
-    number = (packing.before == 0).cumsum(0) - 1  # of each token's sequence
-    place = torch.arange(packing.tokens, device=x.device) + gap * number
-    spaced = x.new_zeros(packing.tokens + gap * len(packing.lengths), x.shape[1]).index_copy(0, place, x)
-    return _depthwise(spaced[None], weight)[0].index_select(0, place)
 
 
 def _depthwise(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -211,7 +202,7 @@ class _NativeDepthwise(torch.autograd.Function):
         return _channels_last(x, weight)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("separable_conv")
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         need_x, need_weight = ctx.needs_input_grad
@@ -219,7 +210,7 @@ class _NativeDepthwise(torch.autograd.Function):
         dx = _channels_last(dy, weight.flip(-1)) if need_x else None
         if not need_weight:
             return dx, None
-        dweight = torch.zeros(size, x.shape[-1])
+        dweight = torch.zeros(size, x.shape[-1], dtype=torch.float32, device=x.device)
         for row, drow in zip(x, dy, strict=True):
             padded, drow = F.pad(row.float(), (0, 0, size // 2, size // 2)), drow.float()
             for k in range(size):

@@ -8,15 +8,13 @@ from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
-from fastconv.dispatch import use_triton
-from fastconv.ops._eager import transformed, unobserved
-from fastconv.ops._register import needs_grad, register
+from fastconv.ops._eager import autocast, unobserved, use_kernels
+from fastconv.ops._out import check_out, takes_rows
+from fastconv.ops._register import needs_grad, once_differentiable, register
+from fastconv.ops._windows import check_kernel_size, each_alone
 from fastconv.reference import Packing
 from fastconv.reference.ops.span_dynamic_conv import check
-
-_MAX_KERNEL_SIZE = 31  # fastconv.kernels.span_dynamic_conv.MAX_KERNEL_SIZE, known here without importing triton
 
 
 def span_dynamic_conv(
@@ -31,40 +29,35 @@ def span_dynamic_conv(
 
     value: (B, S, H*D) float, zero outside the sequence; with a packing (T, H*D)
     kernel_logits: (B, S, H*K), dtype of value; with a packing (T, H*K)
-    kernel_size: K, odd, up to 31 by the kernel, any by the native formulation
+    kernel_size: K, odd and at most 31
     packing: where the sequences of T tokens begin and end; no window crosses that
-    out: like value, written and returned if given: a slice of a wider tensor, say; not with a gradient
-    returns: shape and dtype of value; softmax and sum are fp32 at least
+    out: like the result, written and returned if given, not with a gradient: a slice of a wider tensor, say. Where its
+        tokens aren't one stride apart, or an input is in its memory, the result is copied into it
+    returns: shape and dtype of value; softmax and sum are fp32 at least. value and kernel_logits are cast to autocast's
+        dtype where that applies
 
-    Raises: TypeError for tensors that are not real floating point; ValueError for an even K, shapes, dtypes, devices or
-    a packing that don't fit, an `out` unlike value, and an `out` where a gradient is needed. Source: Jiang et al.,
-    arXiv 2008.02496, section 4.2.
+    Raises: TypeError for tensors that are not real floating point or not of one dtype; ValueError for a K that is even
+    or too large, for shapes, devices or a packing that don't fit, and for an `out` unlike the result, one whose
+    elements share memory, or one where a gradient is needed. Source: Jiang et al., arXiv 2008.02496, section 4.2.
     """
     check(value, kernel_logits, kernel_size, packing)
+    check_kernel_size(kernel_size)
+    value, kernel_logits = autocast(value), autocast(kernel_logits)
     if value.dtype != kernel_logits.dtype:
         raise TypeError(f"value and kernel_logits must have one dtype, got {value.dtype} and {kernel_logits.dtype}")
     if out is not None:
-        _check_out(out, value, kernel_logits)
-    if not use_triton(value) or kernel_size > _MAX_KERNEL_SIZE or transformed():
+        check_out(out, value, kernel_logits)
+    if not use_kernels(value, kernel_logits, out):
         y = _native(value, kernel_logits, kernel_size, packing)
         return y if out is None else out.copy_(y)
     before, after = (None, None) if packing is None else (packing.before, packing.after)
     if needs_grad(value, kernel_logits):
         return _SpanDynamicConv.apply(value, kernel_logits, kernel_size, before, after)
-    if out is None:
-        return _forward(value, kernel_logits, kernel_size, before, after, False)[0]
-    _forward_out(value, kernel_logits, kernel_size, before, after, out)
-    return out
-
-
-def _check_out(out: torch.Tensor, value: torch.Tensor, kernel_logits: torch.Tensor) -> None:
-    if out.shape != value.shape or out.dtype != value.dtype or out.device != value.device:
-        raise ValueError(
-            f"out must be {tuple(value.shape)} {value.dtype} on {value.device}, like value, got {tuple(out.shape)} "
-            f"{out.dtype} on {out.device}"
-        )
-    if torch.is_grad_enabled() and (value.requires_grad or kernel_logits.requires_grad or out.requires_grad):
-        raise ValueError("out can't be used where a gradient is needed: value, kernel_logits or out requires grad")
+    if out is not None and takes_rows(out, value, kernel_logits):
+        _forward_out(value, kernel_logits, kernel_size, before, after, out)
+        return out
+    y = _forward(value, kernel_logits, kernel_size, before, after, False)[0]
+    return y if out is None else out.copy_(y)
 
 
 # The ops: fastconv::span_dynamic_conv_fwd, _fwd_out and _bwd.
@@ -135,7 +128,7 @@ class _SpanDynamicConv(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("span_dynamic_conv")
     def backward(ctx, dy):
         value, kernel_logits, stats, before, after = ctx.saved_tensors
         dvalue, dlogits = _backward(dy, value, kernel_logits, stats, ctx.kernel_size, before, after)
@@ -148,27 +141,18 @@ class _SpanDynamicConv(torch.autograd.Function):
 def _native(
     value: torch.Tensor, kernel_logits: torch.Tensor, kernel_size: int, packing: Packing | None
 ) -> torch.Tensor:
-    if packing is not None:
-        value, kernel_logits = value[None], kernel_logits[None]
-    kernel = _kernel(kernel_logits, kernel_size, packing)
-    if not unobserved():
-        y = _traced(value, kernel)
-    elif needs_grad(value, kernel):
-        y = _NativeSpanDynamicConv.apply(value, kernel)
-    else:
-        y = _shift_and_add(value, kernel)
-    return y if packing is None else y[0]
+    def convolve(value: torch.Tensor, kernel_logits: torch.Tensor) -> torch.Tensor:
+        wide = torch.promote_types(kernel_logits.dtype, torch.float32)
+        kernel = torch.softmax(kernel_logits.unflatten(-1, (-1, kernel_size)), -1, dtype=wide)
+        if not unobserved():
+            return _traced(value, kernel)
+        if needs_grad(value, kernel):
+            return _NativeSpanDynamicConv.apply(value, kernel)
+        return _shift_and_add(value, kernel)
 
-
-def _kernel(kernel_logits: torch.Tensor, kernel_size: int, packing: Packing | None) -> torch.Tensor:
-    """(B, S, H*K) -> (B, S, H, K), fp32 at least, 0 at the taps outside of a packed sequence."""
-    wide = torch.promote_types(kernel_logits.dtype, torch.float32)
-    kernel = torch.softmax(kernel_logits.unflatten(-1, (-1, kernel_size)), -1, dtype=wide)
     if packing is None:
-        return kernel
-    shifts = torch.arange(kernel_size, device=kernel.device) - kernel_size // 2
-    inside = (packing.before[:, None] + shifts >= 0) & (packing.after[:, None] >= shifts)
-    return kernel * inside[None, :, None, :]
+        return convolve(value, kernel_logits)
+    return each_alone(convolve, packing, kernel_size, value, kernel_logits)
 
 
 def _traced(value: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
@@ -203,7 +187,7 @@ class _NativeSpanDynamicConv(torch.autograd.Function):
         return _shift_and_add(value, kernel)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("span_dynamic_conv")
     def backward(ctx, dy):
         value, kernel = ctx.saved_tensors
         if value.dtype == kernel.dtype or len(value) <= 1:
