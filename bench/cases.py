@@ -5,12 +5,20 @@ from __future__ import annotations
 import conv_branch_cases
 import dense_cases
 import layer_norm_cases
+import masked_attention_cases
 import separable_conv_cases
 import span_dynamic_conv_cases
 import torch
 from case import BenchCase
 
-_MODULES = (layer_norm_cases, dense_cases, separable_conv_cases, span_dynamic_conv_cases, conv_branch_cases)
+_MODULES = (
+    layer_norm_cases,
+    dense_cases,
+    separable_conv_cases,
+    span_dynamic_conv_cases,
+    conv_branch_cases,
+    masked_attention_cases,
+)
 
 
 def cases(device: torch.device, *, quick: bool = False) -> list[BenchCase]:

@@ -18,6 +18,7 @@ _EXPORTS = {
     "accelerate": "fastconv.swap",
     "restore": "fastconv.swap",
     "backend": "fastconv.dispatch",
+    "register_attention": "fastconv.attention_interface",
     "convert_checkpoint": "fastconv.checkpoints.convert",
     "pipeline": "fastconv.tasks",
     "Packing": "fastconv.reference",

@@ -61,6 +61,11 @@ def module_backend(name: str) -> Iterator[None]:
         _of_module.name = before
 
 
+def current() -> str:
+    """The backend that ops run with now, here: "auto", "triton" or "native"."""
+    return getattr(_of_module, "name", None) or _current
+
+
 # The package triton exists for Linux only.
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -91,16 +96,16 @@ _unsupported_once = functools.cache(_unsupported)
 
 def use_triton(x: torch.Tensor) -> bool:
     """Whether an op on x runs its Triton kernel. Raises: RuntimeError if "triton" was asked for and can't run."""
-    current = getattr(_of_module, "name", None) or _current
-    if current == "native":
+    chosen = current()
+    if chosen == "native":
         return False
     if _INTERPRETING and x.device.type == "cpu":
         return True
-    if current == "auto" and x.device.type != "cuda":
+    if chosen == "auto" and x.device.type != "cuda":
         return False
     # Dynamo traces through a cache, with a warning: in a trace, which runs once, the function itself will do.
     ask = _unsupported if torch.compiler.is_compiling() else _unsupported_once
     reason = ask(x.device)
-    if reason is not None and current == "triton":
+    if reason is not None and chosen == "triton":
         raise RuntimeError(f"backend 'triton' can't run: {reason}; use backend 'auto' or 'native'")
     return reason is None

@@ -17,7 +17,7 @@ from torch import nn
 
 from fastconv import dispatch
 from fastconv.nn._plain import original_class
-from fastconv.nn.attention import SelfAttention
+from fastconv.nn.attention import CrossAttention, SelfAttention
 from fastconv.nn.feed_forward import Intermediate, PredictionTransform, ResidualOutput
 from fastconv.nn.grouped_linear import GroupedLinear
 from fastconv.nn.layer_norm import LayerNorm
@@ -46,6 +46,7 @@ _FORWARDS: dict[str, type] = {
     "fastconv.reference.layers.SeparableConv1D": SeparableConv1D,
     f"{_BERT}.BertSelfAttention": SelfAttention,
     f"{_BERT}.BertSdpaSelfAttention": SelfAttention,
+    f"{_BERT}.BertCrossAttention": CrossAttention,
     f"{_BERT}.BertIntermediate": Intermediate,
     f"{_BERT}.BertPredictionHeadTransform": PredictionTransform,
     f"{_BERT}.BertSelfOutput": ResidualOutput,
@@ -58,6 +59,7 @@ _FORWARDS: dict[str, type] = {
     f"{_CONVBERT}.ConvBertSelfOutput": ResidualOutput,
     f"{_CONVBERT}.ConvBertOutput": ResidualOutput,
     f"{_ROC_BERT}.RoCBertSelfAttention": SelfAttention,
+    f"{_ROC_BERT}.RoCBertCrossAttention": CrossAttention,
     f"{_ROC_BERT}.RoCBertIntermediate": Intermediate,
     f"{_ROC_BERT}.RoCBertPredictionHeadTransform": PredictionTransform,
     f"{_ROC_BERT}.RoCBertSelfOutput": ResidualOutput,
@@ -108,8 +110,7 @@ def accelerate(model: M, *, backend: str = "auto") -> M:
 
     model: a module with BERT, RoCBert or ConvBERT layers of this library or of transformers (4.57, 5.x). Before or
         after `.to()`, in train or eval mode. Modules that the table doesn't know, adapters among them, stay as they
-        are and are called as before. Calls that ask for more than the fused forwards do (attention probabilities,
-        head masks, a cache, cross-attention) run the original forward
+        are and are called as before. Calls that ask for attention probabilities run the attention's original forward
     backend: "auto", "triton" or "native", for this model's ops; see `fastconv.backend`
 
     Parameters stay the same objects and state_dict the same; for inference the weights of the query, key and value
@@ -160,7 +161,8 @@ def restore(model: M) -> M:
     for module in model.modules():
         if original := original_class(module):
             if hasattr(module, "fastconv_packed"):
-                unpack(module.fastconv_packed())  # type: ignore[operator]
+                for layers in module.fastconv_packed():  # type: ignore[operator]
+                    unpack(layers)
             module.__class__ = original
             for attribute in ("fastconv_backend", "fastconv_config"):
                 module.__dict__.pop(attribute, None)

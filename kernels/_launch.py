@@ -33,6 +33,17 @@ def sm_count(x: torch.Tensor) -> int:
     return _sm_count(x.device.index) if x.is_cuda else _INTERPRETER_SMS
 
 
+@functools.cache
+def _capability(device_index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(device_index)
+    return 10 * major + minor
+
+
+def capability(x: torch.Tensor) -> int:
+    """The compute capability of x's card, as 90 for Hopper; in the interpreter that."""
+    return _capability(x.device.index) if x.is_cuda else 90
+
+
 def is_amd() -> bool:
     """Whether the GPUs of this process are AMD's."""
     return torch.version.hip is not None

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .cache import Cache
 from .config import Config
+from .ops._checks import can_look_at
 
 
 def check_devices(model: nn.Module, **tensors: Tensor | None) -> None:
@@ -65,12 +66,6 @@ def check_inputs(
     check_ids("token_type_ids", token_type_ids, B, S, "type_vocab_size", config.type_vocab_size)
     check_ids("position_ids", position_ids, B, S, "max_position_embeddings", config.max_position_embeddings)
     return B, S
-
-
-def can_look_at(tensor: Tensor) -> bool:
-    """Whether a tensor's values can be looked at for nothing: on a GPU that would wait for it, in a trace break it."""
-    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return tensor.device.type == "cpu" and tensor.numel() > 0 and not tracing
 
 
 def check_ids(name: str, ids: Tensor | None, B: int, S: int, size_name: str, size: int) -> None:

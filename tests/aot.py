@@ -172,6 +172,7 @@ def _recording(recorder: _Recorder) -> Iterator[None]:
     # What launchers ask about the GPU.
     answers = {
         "sm_count": lambda x: recorder.target.sm_count,
+        "capability": lambda x: recorder.target.capability,
         "is_amd": lambda: recorder.target.amd,
     }
     with (

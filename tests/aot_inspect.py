@@ -52,25 +52,25 @@ class Dot:
 
 def accesses(ttir: str) -> list[Access]:
     """The tile accesses of a kernel's Triton IR; scalars are left out."""
-    locations, parents = _locations(ttir), _pointer_parents(ttir)
-    aligned = {
-        name
-        for name, attrs in re.findall(r"%(\w+): !tt\.ptr<\w+>(?: \{([^}]*)\})?", ttir)
-        if "divisibility = 16" in attrs
-    }
+    locations = _locations(ttir)
+    arguments = dict(re.findall(r"%(\w+): !tt\.ptr<\w+>(?: \{([^}]*)\})?", ttir))
+    # In the order of the text: a name is good for its region only, and the next region may use it again.
+    roots: dict[str, str] = {}
     found = []
-    for kind, operand, dims, element, loc in re.findall(
-        r"tt\.(load|store) %([\w#]+).* : tensor<((?:\d+x)+)!tt\.ptr<(\w+)(?:, \d+)?>> loc\((#loc\d*)\)", ttir
-    ):
-        root = operand
-        while root in parents:
-            root = parents[root]
-        pointer = root if f"%{root}: !tt.ptr" in ttir else ""
-        shape = tuple(int(d) for d in dims.split("x")[:-1])
-        size = _ELEMENT_BYTES.get(element, 1)
-        found.append(
-            Access(kind, pointer, not pointer or pointer in aligned, shape, size, locations.get(loc, ("", 0, 0)))
+    for line in ttir.splitlines():
+        for name, parent in _pointer_moves(line):
+            roots[name] = roots.get(parent, parent)
+        access = re.search(
+            r"tt\.(load|store) %([\w#]+).* : tensor<((?:\d+x)+)!tt\.ptr<(\w+)(?:, \d+)?>> loc\((#loc\d*)\)", line
         )
+        if access:
+            kind, operand, dims, element, loc = access.groups()
+            pointer = roots.get(operand, operand)
+            pointer = pointer if pointer in arguments else ""
+            aligned = not pointer or "divisibility = 16" in arguments[pointer]
+            shape = tuple(int(d) for d in dims.split("x")[:-1])
+            size = _ELEMENT_BYTES.get(element, 1)
+            found.append(Access(kind, pointer, aligned, shape, size, locations.get(loc, ("", 0, 0))))
     return found
 
 
@@ -95,17 +95,17 @@ def _locations(ttir: str) -> dict[str, Location]:
     return {name: found for name, body in text.items() if (found := resolve(body))}
 
 
-def _pointer_parents(ttir: str) -> dict[str, str]:
-    """SSA value -> the value that its pointer comes from, through pointer arithmetic and loops."""
+def _pointer_moves(line: str) -> list[tuple[str, str]]:
+    """SSA values that a line defines, each with that which its pointer comes from: pointer arithmetic and loops."""
     moves = r"tt\.addptr|tt\.splat|tt\.broadcast|tt\.expand_dims|tt\.bitcast|tt\.reshape|tt\.trans"
-    parents = dict(re.findall(rf"%([\w#]+) = (?:{moves}) %([\w#]+)", ttir))
-    parents.update(re.findall(r"%(\w+) = arith\.select %\w+, %([\w#]+)", ttir))
-    for results, carried in re.findall(r"(?:%(\w+)(?::\d+)? = )?scf\.\w+ .*iter_args\(([^)]*)\)", ttir):
-        for i, (inner, start) in enumerate(re.findall(r"%(\w+) = %([\w#]+)", carried)):
-            parents[inner] = start
-            parents[f"{results}#{i}"] = start
-            parents.setdefault(results, start)
-    return parents
+    found = re.findall(rf"%([\w#]+) = (?:{moves}) %([\w#]+)", line)
+    found += re.findall(r"%(\w+) = arith\.select %\w+, %([\w#]+)", line)
+    loop = re.search(r"(?:%(\w+)(?::\d+)? = )?scf\.\w+ .*iter_args\(([^)]*)\)", line)
+    if loop:
+        for i, (inner, start) in enumerate(re.findall(r"%(\w+) = %([\w#]+)", loop[2])):
+            found += [(inner, start), (f"{loop[1]}#{i}", start)]
+            found += [(loop[1], start)] if i == 0 else []
+    return found
 
 
 _FILE = r'\.file[ \t]+(\d+)[ \t]+(?:"[^"]*"[ \t]+)?"([^"]+)"'
@@ -165,9 +165,12 @@ class Resources:
 
 
 def amd_resources(assembly: str) -> Resources:
-    """From the metadata at the end of AMD assembly; spilled registers that leave no stack count 4 bytes each."""
+    """From the metadata at the end of AMD assembly; spilled registers that leave no stack count 4 bytes each.
+
+    Not so scalar registers: without a stack they are kept in the lanes of a vector register.
+    """
     value = {name: int(n) for name, n in re.findall(r"^\s+-?\s*\.(\w+):\s+(\d+)$", assembly, re.MULTILINE)}
-    spilled = 4 * (value.get("vgpr_spill_count", 0) + value.get("sgpr_spill_count", 0))
+    spilled = 4 * value.get("vgpr_spill_count", 0)
     return Resources(value["vgpr_count"], max(value["private_segment_fixed_size"], spilled))
 
 

@@ -184,6 +184,8 @@ def fused_classes(source: str, family: str) -> list[type]:
     module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
     parts = ("SelfAttention", "Intermediate", "Output", "SelfOutput", "PredictionHeadTransform")
     names = [family + part for part in parts] + ["GroupedLinearLayer"] * grouped
+    # Attention of which only one of the versions has a class of its own.
+    names += [name for part in ("CrossAttention", "SdpaSelfAttention") if hasattr(module, name := family + part)]
     return [torch.nn.LayerNorm, *(getattr(module, name) for name in names)]
 
 

@@ -67,5 +67,25 @@ def test_launches_of_a_convbert_layer(groups, device):
             return launches(lambda: model(ids, attention_mask=mask), device)
 
     layer = run(3) - run(2)
-    assert layer["fastconv::span_dynamic_conv_fwd_out"] == 1 or device.type == "cuda", layer
-    assert 0 < layer.total() <= 14, layer
+    for half in ("masked_attention", "span_dynamic_conv"):
+        assert layer[f"fastconv::{half}_fwd_out"] == 1 or device.type == "cuda", layer
+    assert 0 < layer.total() <= 13, layer
+
+
+@pytest.mark.parametrize(("cross", "limit"), [(False, 8), (True, 13)], ids=["encoder", "decoder"])
+def test_launches_of_a_bert_layer(cross, limit, device):
+    def run(layers: int) -> Counter[str]:
+        config = reference.BertConfig(
+            vocab_size=20, hidden_size=16, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=24,
+            max_position_embeddings=8, is_decoder=cross, add_cross_attention=cross,
+        )  # fmt: skip
+        model = fastconv.accelerate(reference.BertModel(config)).eval().to(device)
+        ids = torch.randint(1, 20, (2, 5), device=device)
+        mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], device=device)
+        states = {"encoder_hidden_states": torch.randn(2, 3, 16, device=device)} if cross else {}
+        with torch.inference_mode():
+            return launches(lambda: model(ids, attention_mask=mask, use_cache=False, **states), device)
+
+    layer = run(3) - run(2)
+    assert layer["fastconv::masked_attention_fwd"] == 1 + cross or device.type == "cuda", layer
+    assert 0 < layer.total() <= limit, layer

@@ -7,46 +7,78 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastconv.dispatch import use_triton
+from fastconv.kernels import MAX_KERNEL_SIZE
 from fastconv.nn._plain import bare, original_class
-from fastconv.nn.attention import FastForward, attend
+from fastconv.nn.attention import Call, FastForward, attend
 from fastconv.nn.packed_linear import linear, packed_linear
 from fastconv.nn.separable_conv import plain_layers
 from fastconv.ops import separable_conv, span_dynamic_conv
+from fastconv.ops._eager import autocast, use_kernels
 from fastconv.ops._register import needs_grad
 
 
 class MixedAttention(FastForward):
-    """The fused forward of ConvBertSelfAttention, for this library's class and those of transformers 4.57 and 5.x."""
+    """The fused forward of ConvBertSelfAttention, for this library's class and those of transformers 4.57 and 5.x.
 
-    def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, S, C) -> ((B, S, C), None); other calls go to the original, probabilities included."""
+    The convolution heads see the hidden states only, with an encoder's states too.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
+        """(B, S, C) -> ((B, S, C), None); other calls go to the original, those for probabilities among them."""
         conv = self.key_conv_attn_layer  # type: ignore[attr-defined]
-        if not (self.fits(hidden_states, attention_mask, args, kwargs) and _plain_separable(conv)):
-            return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
-        q, k, v, conv_out = packed_linear(hidden_states, self.fastconv_packed())
+        taken = _plain_separable(conv) and self.conv_kernel_size <= MAX_KERNEL_SIZE  # type: ignore[attr-defined]
+        call = self.call(hidden_states, args, kwargs) if taken else None
+        if call is None:
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        of_both, of_encoder = self.fastconv_packed()
+        if call.states is None:
+            q, k, v, conv_out = packed_linear(hidden_states, of_both)
+        else:
+            q, conv_out = packed_linear(hidden_states, (of_both[0], of_both[-1]))
+            k, v = packed_linear(call.states, of_encoder)
         span = separable_conv(hidden_states, conv.depthwise.weight, conv.pointwise.weight, conv.bias, gate=q)
         logits = linear(span, self.conv_kernel_layer)  # type: ignore[attr-defined]
-        attended = attend(self, q, k, v, attention_mask)
-        return _beside(attended, conv_out, logits, self.conv_kernel_size), None  # type: ignore[attr-defined]
+        return self._side_by_side(q, k, v, conv_out, logits, call), None
 
-    def fastconv_packed(self) -> tuple[nn.Module, ...]:
-        """The layers whose parameters are packed."""
-        return self.query, self.key, self.value, self.conv_out_layer  # type: ignore[attr-defined]
+    def _side_by_side(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        conv_out: torch.Tensor,
+        logits: torch.Tensor,
+        call: Call,
+    ) -> torch.Tensor:
+        """Attention and dynamic convolution, (B, S, C/2) each, as (B, S, C)."""
+        heads = (self.num_attention_heads, self.attention_head_size)  # type: ignore[attr-defined]
+        taps, half = self.conv_kernel_size, q.shape[-1]  # type: ignore[attr-defined]
+        shared = _can_share(q, k, v, conv_out, logits, call)
+        q, k, v = (t.unflatten(-1, heads) for t in (q, k, v))
+        if not shared:
+            attended = attend(self, q, k, v, call).flatten(2)
+            return torch.cat((attended, span_dynamic_conv(conv_out, logits, taps)), -1)
+        # Each kernel writes straight into its half.
+        context = q.new_empty(*conv_out.shape[:-1], half + conv_out.shape[-1])
+        attend(self, q, k, v, call, out=context[..., :half].unflatten(-1, heads))
+        span_dynamic_conv(conv_out, logits, taps, out=context[..., half:])
+        return context
+
+    def fastconv_packed(self) -> tuple[tuple[nn.Module, ...], ...]:
+        """The layers whose parameters are packed, of self-attention and, of the encoder's states, cross-attention."""
+        q, k, v = self.query, self.key, self.value  # type: ignore[attr-defined]
+        return (q, k, v, self.conv_out_layer), (k, v)  # type: ignore[attr-defined]
 
 
-def _beside(attended: torch.Tensor, conv_out: torch.Tensor, logits: torch.Tensor, kernel_size: int) -> torch.Tensor:
-    """attended (B, S, C/2) and the dynamic convolution (B, S, C/2), side by side: (B, S, C)."""
-    if needs_grad(attended, conv_out, logits) or not use_triton(conv_out) or attended.dtype != conv_out.dtype:
-        return torch.cat((attended, span_dynamic_conv(conv_out, logits, kernel_size)), -1)
-    half = attended.shape[-1]
-    context = attended.new_empty(*attended.shape[:-1], half + conv_out.shape[-1])
-    context[..., :half] = attended
-    # The kernel writes straight into its half.
-    span_dynamic_conv(conv_out, logits, kernel_size, out=context[..., half:])
-    return context
+def _can_share(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, conv_out: torch.Tensor, logits: torch.Tensor, call: Call
+) -> bool:
+    """Whether the results of attention and convolution may be written into one tensor: by kernels, in one dtype."""
+    return (
+        not needs_grad(q, k, v, conv_out, logits, call.mask, call.head_mask)
+        and use_kernels(q, k, v, conv_out, logits, call.mask, call.head_mask)
+        and q.dtype == conv_out.dtype
+        and autocast(q) is q
+    )
 
 
 _SEPARABLE = (

@@ -3,11 +3,12 @@
 from fastconv.ops.grouped_linear import grouped_linear
 from fastconv.ops.layer_norm import layer_norm
 from fastconv.ops.linear_act import linear_act
-from fastconv.ops.masked_attention import masked_attention
+from fastconv.ops.masked_attention import RelativePositions, masked_attention
 from fastconv.ops.separable_conv import separable_conv
 from fastconv.ops.span_dynamic_conv import span_dynamic_conv
 
 __all__ = [
+    "RelativePositions",
     "grouped_linear",
     "layer_norm",
     "linear_act",

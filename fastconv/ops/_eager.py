@@ -25,7 +25,9 @@ def unobserved() -> bool:
 
 def transformed() -> bool:
     """Whether torch.func or forward-mode AD follows the calls of this thread, for which kernels have no rules."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+    # Not `is None`: of that Dynamo says in a trace, without a look at it, that it is false.
+    plain_calls = torch._C._functorch.peek_interpreter_stack() == None  # noqa: E711
+    return not plain_calls or torch.autograd.forward_ad._current_level >= 0
 
 
 def plain(tensor: torch.Tensor) -> bool:

@@ -6,8 +6,12 @@ import torch
 
 
 def check_seed(x: torch.Tensor, seed: torch.Tensor | None) -> None:
-    """Raise ValueError unless a seed that is given is () int64 on x's device."""
-    if seed is not None and (seed.dtype != torch.int64 or seed.dim() != 0 or seed.device != x.device):
+    """Raise TypeError or ValueError unless a seed that is given is a tensor, () int64, on x's device."""
+    if seed is None:
+        return
+    if not isinstance(seed, torch.Tensor):
+        raise TypeError(f"seed must be a () int64 tensor on {x.device} or None, got {type(seed).__name__}")
+    if seed.dtype != torch.int64 or seed.dim() != 0 or seed.device != x.device:
         raise ValueError(
             f"seed must be a () int64 tensor on {x.device}, got {tuple(seed.shape)} {seed.dtype} on {seed.device}"
         )

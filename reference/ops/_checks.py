@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..packing import Packing
@@ -51,3 +52,9 @@ def check_packing(packing: Packing | None, x: Tensor) -> None:
     packing.check(x.shape[0])
     if packing.cu_seqlens.device != x.device:
         raise ValueError(f"packing is on {packing.cu_seqlens.device} but the tensors are on {x.device}; make it there")
+
+
+def can_look_at(tensor: Tensor) -> bool:
+    """Whether a tensor's values can be looked at for nothing: on a GPU that would wait for it, in a trace break it."""
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return tensor.device.type == "cpu" and tensor.numel() > 0 and not tracing

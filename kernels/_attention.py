@@ -1,0 +1,358 @@
+"""What the kernels of masked_attention share: masks, the keys that a block of queries sees, launch configs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _launch
+from .grouped_linear import precision
+
+
+def max_head_size(itemsize: int) -> int:
+    """The largest head that the kernels take: products of fp32 need a register for each value of a row."""
+    return 256 if itemsize == 2 else 128
+
+
+LOG2E = tl.constexpr(1.4426950408889634)
+INT32_MAX = tl.constexpr(2**31 - 1)
+_SCAN = tl.constexpr(1024)
+
+# How a mask says which keys are forbidden.
+NO_MASK, BOOL_MASK, ADDITIVE_MASK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def head_tile(
+    ptr, offs_t, end, stride_t, D: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr, CAST: tl.constexpr
+):
+    """Rows offs_t (n,) of a head, (n, BLOCK_D); 0 past D, and with CHECK from row `end` on. CAST: to that dtype."""
+    offs_d = tl.arange(0, BLOCK_D)
+    rows = ptr + offs_t.to(tl.int64)[:, None] * stride_t + offs_d[None, :]
+    if CHECK and D < BLOCK_D:
+        x = tl.load(rows, mask=(offs_t < end)[:, None] & (offs_d < D)[None, :], other=0.0)
+    elif CHECK:
+        x = tl.load(rows, mask=(offs_t < end)[:, None], other=0.0)
+    elif D < BLOCK_D:
+        x = tl.load(rows, mask=(offs_d < D)[None, :], other=0.0)
+    else:
+        x = tl.load(rows)
+    return x if CAST is None else x.to(CAST)
+
+
+@triton.jit
+def masked_scores(
+    s,  # scores times log2(e), queries and keys in either order
+    i,  # the queries' numbers, int32, along their dimension of s
+    j,  # the keys'
+    mask_ptr,  # (Sq, Sk) of this head
+    stride_mq,
+    stride_mk,
+    Sq,
+    Sk,
+    length,
+    number,  # i or j: exists from first on, below last
+    first,
+    last,
+    MASK: tl.constexpr,
+    KEY_MASK: tl.constexpr,
+    MASK_LOWEST: tl.constexpr,
+    LOWEST: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    BOUNDED: tl.constexpr,
+):
+    """The scores after the masks."""
+    forbidden = tl.zeros(s.shape, tl.int1)
+    if MASK != NO_MASK:
+        if KEY_MASK:
+            mask = tl.load(mask_ptr + j.to(tl.int64) * stride_mk, mask=j < Sk, other=0)
+        else:
+            offs_m = i.to(tl.int64) * stride_mq + j.to(tl.int64) * stride_mk
+            mask = tl.load(mask_ptr + offs_m, mask=(i < Sq) & (j < Sk), other=0)
+        if MASK == BOOL_MASK:
+            forbidden = tl.broadcast_to(mask == 0, s.shape)
+        else:
+            forbidden = tl.broadcast_to(mask <= MASK_LOWEST, s.shape)
+            term = mask.to(s.dtype) * LOG2E
+            s += tl.where(term < LOWEST, LOWEST, term)  # not maximum(), which hides a NaN
+    if BOUNDED:
+        if CAUSAL:
+            forbidden = forbidden | (j > i + (Sk - Sq))
+        if HAS_LENGTHS:
+            forbidden = forbidden | (j >= length)
+    if MASK != NO_MASK or (BOUNDED and (CAUSAL or HAS_LENGTHS)):
+        s = tl.where(forbidden, LOWEST, s)
+    if BOUNDED:
+        s = tl.where((number >= first) & (number < last), s, float("-inf"))
+    return s
+
+
+@triton.jit
+def key_range(
+    first_ptr,  # (Sq,) int32
+    last_ptr,  # (Sq,) int32
+    first_q,
+    i,
+    Sq,
+    Sk,
+    length,
+    CAUSAL: tl.constexpr,
+    HAS_LENGTH: tl.constexpr,
+    HAS_PACKING: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    SKIP: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """What BLOCK_Q queries i see: keys from `begin` to `end`, up to `full` all of them all; each from first to last.
+
+    full - begin is a multiple of BLOCK_K. `last` is one past the last key, as are the others.
+    """
+    if HAS_PACKING:
+        exists = i < Sq
+        first = tl.load(first_ptr + i, mask=exists, other=INT32_MAX)
+        last = tl.load(last_ptr + i, mask=exists, other=0)
+        if CAUSAL:
+            last = tl.minimum(last, i + 1)
+        begin, end = tl.min(first), tl.max(last)
+        if HAS_DROPOUT:
+            begin = begin // 4 * 4  # as the dropout's numbers are drawn
+        # No key is common to queries of different sequences.
+        common = tl.max(tl.where(exists, first, 0)) <= begin
+        full = tl.where(common, begin + (tl.min(tl.where(exists, last, INT32_MAX)) - begin) // BLOCK_K * BLOCK_K, begin)
+    else:
+        first, last = 0, Sk
+        begin, end, full = 0, Sk, Sk
+        if HAS_LENGTH:
+            full = tl.minimum(full, length)
+        if CAUSAL:
+            full = tl.minimum(full, tl.maximum(first_q + 1 + Sk - Sq, 0))
+        full = full // BLOCK_K * BLOCK_K
+        if SKIP:
+            seen = Sk
+            if HAS_LENGTH:
+                seen = tl.minimum(seen, length)
+            if CAUSAL:
+                seen = tl.minimum(seen, first_q + BLOCK_Q + Sk - Sq)
+            end = tl.where(length > 0, seen, Sk)
+    return begin, full, end, first, last
+
+
+@triton.jit
+def known_length(
+    lengths_ptr,  # (B,) int32 or int64
+    mask_ptr,  # (Sk,) of this head, if it is the same for all queries
+    stride_mk,
+    b,
+    Sk,
+    MASK: tl.constexpr,
+    MASK_LOWEST: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    KEY_MASK: tl.constexpr,
+):
+    """One past the last key that any query may see, 0 if there is none, as far as lengths and a mask of keys say it."""
+    length = Sk
+    if HAS_LENGTHS:
+        length = tl.maximum(tl.minimum(tl.load(lengths_ptr + b), Sk), 0).to(tl.int32)
+    if KEY_MASK:
+        seen = 0
+        for start in range(0, length, _SCAN):
+            j = start + tl.arange(0, _SCAN)
+            mask = tl.load(mask_ptr + j.to(tl.int64) * stride_mk, mask=j < length, other=0)
+            allowed = mask != 0 if MASK == BOOL_MASK else mask > MASK_LOWEST
+            seen = tl.maximum(seen, tl.max(tl.where(allowed & (j < length), j + 1, 0)))
+        length = seen
+    return length
+
+
+@dataclass(frozen=True)
+class Config:
+    """Launch parameters of one of the kernels."""
+
+    block_q: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    registers: int  # at most so many a thread
+
+
+# By the size of a head's tile: the usual config, and one with fewer registers and smaller programs.
+_HALF = {
+    ("fwd", 64): (Config(128, 64, 8, 3, 255), Config(64, 64, 4, 3, 255)),
+    ("fwd", 128): (Config(128, 64, 8, 2, 255), Config(64, 64, 4, 2, 255)),
+    ("fwd", 256): (Config(64, 32, 8, 2, 255), Config(64, 32, 8, 2, 255)),
+    ("dq", 64): (Config(128, 64, 8, 2, 255), Config(64, 64, 4, 2, 255)),
+    ("dq", 128): (Config(64, 64, 4, 2, 255), Config(64, 32, 4, 2, 255)),
+    ("dq", 256): (Config(32, 32, 4, 1, 255), Config(32, 32, 4, 1, 255)),
+    ("dkv", 64): (Config(64, 128, 8, 2, 255), Config(64, 64, 8, 2, 255)),
+    ("dkv", 128): (Config(32, 64, 4, 2, 255), Config(32, 64, 8, 2, 255)),
+    ("dkv", 256): (Config(16, 32, 4, 1, 255), Config(16, 32, 4, 1, 255)),
+}
+# Before Hopper, and on AMD's GPUs, the matrix instructions read operands from registers.
+_HALF_REGISTERS = _HALF | {
+    ("fwd", 64): (Config(128, 32, 4, 3, 255), Config(64, 32, 4, 3, 255)),
+    ("fwd", 128): (Config(64, 64, 8, 2, 255), Config(64, 32, 4, 2, 255)),
+    ("dq", 64): (Config(128, 32, 8, 2, 255), Config(64, 32, 4, 2, 255)),
+    ("dkv", 64): (Config(32, 64, 8, 2, 255), Config(32, 32, 4, 2, 255)),
+    ("dkv", 128): (Config(32, 64, 8, 1, 255), Config(32, 32, 4, 1, 255)),
+}
+_FP32 = {
+    ("fwd", 64): Config(32, 32, 4, 1, 255),
+    ("fwd", 128): Config(16, 16, 4, 1, 255),
+    ("dq", 64): Config(32, 16, 4, 1, 255),
+    ("dq", 128): Config(16, 16, 8, 1, 255),
+    ("dkv", 64): Config(16, 32, 4, 1, 255),
+    ("dkv", 128): Config(16, 16, 8, 1, 255),
+}
+
+# Fewer programs than a large card has multiprocessors (132 on an H200) leave some idle.
+_FEW_PROGRAMS = 132
+
+
+def pick_config(kernel: str, shape: tuple[int, int, int], itemsize: int, capability: int, *, busy: bool) -> Config:
+    """Launch config of a kernel ("fwd", "dq" or "dkv") for `shape` (B * H, Sq, D). Not tuned on a card yet.
+
+    Half precision: wgmma wants 64 rows a group of 4 warps. fp32 runs on the ordinary arithmetic units, which need a
+    register for every operand. busy: whether each score costs registers beside: see `Masks.busy`.
+    """
+    heads, Sq, D = shape
+    block_d = max(64, head_block(D))
+    if itemsize > 2:
+        config = _FP32[kernel, block_d]
+    elif kernel == "fwd" and Sq <= 16:
+        config = Config(16, 64 if block_d <= 128 else 32, 4, 2, 255)
+    else:
+        table = _HALF if capability >= 90 and not _launch.is_amd() else _HALF_REGISTERS
+        large, small = table[kernel, block_d]
+        few = kernel == "fwd" and heads * triton.cdiv(Sq, large.block_q) < _FEW_PROGRAMS
+        config = small if busy or few else large
+    if _launch.is_amd():
+        # Its waves have 64 lanes: as many threads as elsewhere with twice the warps.
+        config = replace(config, num_warps=4, num_stages=1 if kernel == "dkv" or busy else 2)
+    return config
+
+
+def head_block(D: int) -> int:
+    """The width of a tile for heads of size D."""
+    return max(16, triton.next_power_of_2(D))
+
+
+@dataclass(frozen=True)
+class Masks:
+    """What says which keys a query may see.
+
+    lengths: (B,) int32 or int64, or None; mask: (B, H, Sq, Sk), bool or floating, any strides, or None
+    packed: of a packing, empty without one: (Sq,) and (Sq,) int32, the first key that each query sees and one past the
+        last; then, unless they are the same, (Sk,) and (Sk,) int32, the first query that sees each key and one past the
+        last
+    """
+
+    lengths: torch.Tensor | None
+    mask: torch.Tensor | None
+    causal: bool
+    packed: tuple[torch.Tensor, ...] | list[torch.Tensor]
+
+    @property
+    def of_pairs(self) -> bool:
+        """Whether there is a mask that says something else for each query."""
+        return self.mask is not None and not self.of_keys
+
+    @property
+    def of_keys(self) -> bool:
+        """Whether there is a mask that is the same for all queries."""
+        return self.mask is not None and (self.mask.stride(2) == 0 or self.mask.shape[2] == 1)
+
+    def busy(self, dropout_p: float) -> bool:
+        """Whether each score costs registers beside: a mask of pairs, a packing's bounds, dropout."""
+        return self.of_pairs or bool(self.packed) or dropout_p > 0.0
+
+    def pointers(self, *, of_keys: bool) -> tuple[torch.Tensor | None, ...]:
+        """lengths, mask, first and last as the kernels take them."""
+        mask = self.mask
+        if mask is not None and mask.dtype == torch.bool:
+            mask = mask.view(torch.uint8)
+        first, last = (self.packed[-2:] if of_keys else self.packed[:2]) or (None, None)
+        return self.lengths, mask, first, last
+
+    def constants(self, q: torch.Tensor, Sk: int) -> dict[str, object]:
+        """The kernels' constexprs that say it.
+
+        SKIP: whether blocks of keys that no query of a block sees may be left out: no query is without a key then,
+        unless all of its sequence are.
+        """
+        kind, lowest = NO_MASK.value, 0.0
+        if self.mask is not None:
+            kind = BOOL_MASK.value if self.mask.dtype == torch.bool else ADDITIVE_MASK.value
+            lowest = 0.0 if self.mask.dtype == torch.bool else torch.finfo(self.mask.dtype).min
+        return {
+            "ACC": _launch.acc(q.dtype),
+            "D": q.shape[-1],
+            "CAST": _launch.acc(q.dtype) if _INTERPRETED and q.dtype == torch.bfloat16 else None,
+            "MASK": kind,
+            "KEY_MASK": self.of_keys,
+            "MASK_LOWEST": lowest,
+            "LOWEST": torch.finfo(_launch.acc_torch(q.dtype)).min,
+            "CAUSAL": self.causal,
+            "HAS_LENGTHS": self.lengths is not None,
+            "HAS_PACKING": bool(self.packed),
+            "SKIP": not self.of_pairs and not (self.causal and (self.of_keys or q.shape[1] > Sk)),
+            "PRECISION": precision(q.dtype),
+            "BLOCK_D": head_block(q.shape[-1]),
+        }
+
+
+# The bfloat16 arithmetic of Triton's interpreter is wrong without an error.
+_INTERPRETED = not isinstance(head_tile, triton.JITFunction)
+
+
+def strides(*tensors: torch.Tensor) -> list[int]:
+    """Of (B, S, H, D) tensors, one after the other, without that of D: 1."""
+    return [stride for t in tensors for stride in t.stride()[:3]]
+
+
+def mask_strides(mask: torch.Tensor | None) -> tuple[int, ...]:
+    """Of a mask (B, H, Sq, Sk), or zeros."""
+    return (0, 0, 0, 0) if mask is None else mask.stride()
+
+
+def launch_cases(
+    dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, Masks, float, torch.Tensor | None]]:
+    """Name, q, k, masks, dropout_p and seed of every kind of launch that `pick_config` can choose, on empty tensors.
+
+    D over every block size; for heads of 64 also every kind of mask, for which the kernels have other code.
+    """
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    B, H, S = 8, 12, 512
+    lengths = empty(B, dtype=torch.int32)
+    keys, pairs = (B, 1, 1, S), (B, 1, S, S)
+    kinds = {
+        "dense": Masks(None, None, False, ()),
+        "lengths": Masks(lengths, None, False, ()),
+        "lengths causal": Masks(lengths, None, True, ()),
+        "bool keys": Masks(None, empty(*keys, dtype=torch.bool).expand(B, H, S, S), False, ()),
+        "additive keys": Masks(lengths, empty(*keys).expand(B, H, S, S), False, ()),
+        "bool": Masks(None, empty(*pairs, dtype=torch.bool).expand(B, H, S, S), False, ()),
+        "additive": Masks(None, empty(B, H, S, S, dtype=torch.float32), False, ()),
+        "packing": Masks(None, None, False, (empty(S, dtype=torch.int32),) * 2),
+        "packing causal": Masks(None, None, True, (empty(S, dtype=torch.int32),) * 2),
+    }
+    cases = [(64, S, H, kind, 0.0) for kind in kinds] + [(64, S, H, kind, 0.1) for kind in ("lengths", "packing")]
+    cases += [(D, S, H, "lengths", 0.0) for D in (16, 48, 80, 128, 256)]
+    cases += [(D, S, 2, "dense", 0.0) for D in (64, 128)]
+    cases += [(D, 1, H, "dense", 0.0) for D in (64, 256)]
+    for D, Sq, heads, kind, dropout_p in cases:
+        if max_head_size(dtype.itemsize) < D:
+            continue
+        rows = 1 if kinds[kind].packed else B
+        seed = empty(dtype=torch.int64) if dropout_p else None
+        name = f"D={D} Sq={Sq} H={heads} {kind} dropout={dropout_p}"
+        yield name, empty(rows, Sq, heads, D), empty(rows, S, heads, D), kinds[kind], dropout_p, seed
