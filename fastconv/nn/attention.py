@@ -27,7 +27,9 @@ _IGNORED = {
 }
 # transformers' names of the implementations that compute plain attention; others are somebody's own.
 _FLASH = ("flash_attention_2", "flash_attention_3")
-_PLAIN_ATTENTION = ("eager", "sdpa", *_FLASH)
+# Those that take bool masks, and are causal by themselves.
+_LIKE_SDPA = ("sdpa", "fastconv")
+_PLAIN_ATTENTION = ("eager", *_LIKE_SDPA, *_FLASH)
 
 
 class Call(NamedTuple):
@@ -88,10 +90,9 @@ class FastForward:
             or self._observed()
         ):
             return None
-        sdpa = function == "sdpa"
         # As transformers: a mask says all, and one query sees everything.
-        causal = sdpa and causal and mask is None and hidden_states.shape[1] > 1
-        return Call(mask, head_mask, states, cache, given.get("cache_position"), sdpa, causal)
+        causal = function in _LIKE_SDPA and causal and mask is None and hidden_states.shape[1] > 1
+        return Call(mask, head_mask, states, cache, given.get("cache_position"), function == "sdpa", causal)
 
     def _own(self) -> bool:
         return self.fastconv_original.__module__.startswith("fastconv.reference.")
@@ -108,7 +109,7 @@ class FastForward:
             return True
         if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
             return False
-        return mask.is_floating_point() or (mask.dtype == torch.bool and (self._own() or function == "sdpa"))
+        return mask.is_floating_point() or (mask.dtype == torch.bool and (self._own() or function in _LIKE_SDPA))
 
     def _takes_cache(self, cache: Any, states: Any) -> bool:
         if cache is None or self._own():
@@ -162,13 +163,14 @@ def attend(
     if call.causal:
         # The first query is at the first key, and no query sees those that a cache of fixed size has left.
         k, v = k[:, : q.shape[1]], v[:, : q.shape[1]]
-    elif mask is not None and head_mask is None and relative is None:
-        if not use_kernels(q, k, v, mask):
-            if _ready(mask, q.dtype, call):
-                return attention(q, k, v, mask, p, scale)
-        elif mask.dtype == torch.bool and call.sdpa:
-            # scaled_dot_product_attention makes rows without a key 0.
-            head_mask = mask.any(-1, keepdim=True).to(q.dtype)
+    elif (
+        mask is not None
+        and head_mask is None
+        and relative is None
+        and not use_kernels(q, k, v, mask)
+        and _ready(mask, q.dtype, call)
+    ):
+        return attention(q, k, v, mask, p, scale)
     return masked_attention(
         q,
         k,
@@ -187,7 +189,8 @@ def _ready(mask: torch.Tensor, dtype: torch.dtype, call: Call) -> bool:
     """Whether scaled_dot_product_attention may get a model's mask as it is, which saves a pass over it in every layer.
 
     Models add finite numbers to the scores, so there is no -inf to replace. A bool mask is one that transformers made
-    for scaled_dot_product_attention: a row without a key is what that makes of it.
+    for scaled_dot_product_attention: a row without a key is what that makes of it, here; by the kernels it is uniform,
+    as in eager attention.
     """
     if mask.dtype == torch.bool:
         return call.sdpa
