@@ -195,9 +195,10 @@ _HALF = {
 }
 # Before Hopper, and on AMD's GPUs, the matrix instructions read operands from registers.
 _HALF_REGISTERS = _HALF | {
-    ("fwd", 64): (Config(128, 32, 4, 3, 255), Config(64, 32, 4, 3, 255)),
+    ("fwd", 64): (Config(128, 32, 8, 3, 255), Config(64, 32, 4, 3, 255)),
     ("fwd", 128): (Config(64, 64, 8, 2, 255), Config(64, 32, 4, 2, 255)),
     ("dq", 64): (Config(128, 32, 8, 2, 255), Config(64, 32, 4, 2, 255)),
+    ("dq", 128): (Config(64, 32, 4, 2, 255), Config(64, 32, 4, 2, 255)),
     ("dkv", 64): (Config(32, 64, 8, 2, 255), Config(32, 32, 4, 2, 255)),
     ("dkv", 128): (Config(32, 64, 8, 1, 255), Config(32, 32, 4, 1, 255)),
 }
