@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import conv_branch_cases
 import dense_cases
+import embedding_norm_cases
 import layer_norm_cases
 import masked_attention_cases
+import masked_lm_loss_cases
 import separable_conv_cases
 import span_dynamic_conv_cases
 import torch
@@ -18,6 +20,8 @@ _MODULES = (
     span_dynamic_conv_cases,
     conv_branch_cases,
     masked_attention_cases,
+    masked_lm_loss_cases,
+    embedding_norm_cases,
 )
 
 

@@ -18,11 +18,19 @@ from torch import nn
 from fastconv import dispatch
 from fastconv.nn._plain import original_class
 from fastconv.nn.attention import CrossAttention, SelfAttention
+from fastconv.nn.embeddings import (
+    Embeddings,
+    RoCBertEmbeddings,
+    TransformersConvBertEmbeddings,
+    TransformersEmbeddings,
+    TransformersRoCBertEmbeddings,
+)
 from fastconv.nn.feed_forward import Intermediate, PredictionTransform, ResidualOutput
 from fastconv.nn.grouped_linear import GroupedLinear
 from fastconv.nn.layer_norm import LayerNorm
 from fastconv.nn.mixed_attention import MixedAttention
 from fastconv.nn.packed_linear import unpack
+from fastconv.nn.padding_free import PackedEncoder, PaddingFree, PaddingFreeAlone, SummaryAlone
 from fastconv.nn.separable_conv import ChannelsFirstSeparableConv1D, SeparableConv1D
 
 logger = logging.getLogger("fastconv")
@@ -39,11 +47,14 @@ _FORWARDS: dict[str, type] = {
     "torch.nn.modules.normalization.LayerNorm": LayerNorm,
     "fastconv.reference.bert.BertSelfAttention": SelfAttention,
     "fastconv.reference.convbert.ConvBertSelfAttention": MixedAttention,
+    "fastconv.reference.layers.Embeddings": Embeddings,
     "fastconv.reference.layers.GroupedLinear": GroupedLinear,
     "fastconv.reference.layers.Intermediate": Intermediate,
     "fastconv.reference.layers.PredictionTransform": PredictionTransform,
     "fastconv.reference.layers.ResidualOutput": ResidualOutput,
     "fastconv.reference.layers.SeparableConv1D": SeparableConv1D,
+    "fastconv.reference.roc_bert.RoCBertEmbeddings": RoCBertEmbeddings,
+    f"{_BERT}.BertEmbeddings": TransformersEmbeddings,
     f"{_BERT}.BertSelfAttention": SelfAttention,
     f"{_BERT}.BertSdpaSelfAttention": SelfAttention,
     f"{_BERT}.BertCrossAttention": CrossAttention,
@@ -51,6 +62,7 @@ _FORWARDS: dict[str, type] = {
     f"{_BERT}.BertPredictionHeadTransform": PredictionTransform,
     f"{_BERT}.BertSelfOutput": ResidualOutput,
     f"{_BERT}.BertOutput": ResidualOutput,
+    f"{_CONVBERT}.ConvBertEmbeddings": TransformersConvBertEmbeddings,
     f"{_CONVBERT}.ConvBertSelfAttention": MixedAttention,
     f"{_CONVBERT}.GroupedLinearLayer": GroupedLinear,
     f"{_CONVBERT}.SeparableConv1D": ChannelsFirstSeparableConv1D,
@@ -58,12 +70,35 @@ _FORWARDS: dict[str, type] = {
     f"{_CONVBERT}.ConvBertPredictionHeadTransform": PredictionTransform,
     f"{_CONVBERT}.ConvBertSelfOutput": ResidualOutput,
     f"{_CONVBERT}.ConvBertOutput": ResidualOutput,
+    f"{_ROC_BERT}.RoCBertEmbeddings": TransformersRoCBertEmbeddings,
     f"{_ROC_BERT}.RoCBertSelfAttention": SelfAttention,
     f"{_ROC_BERT}.RoCBertCrossAttention": CrossAttention,
     f"{_ROC_BERT}.RoCBertIntermediate": Intermediate,
     f"{_ROC_BERT}.RoCBertPredictionHeadTransform": PredictionTransform,
     f"{_ROC_BERT}.RoCBertSelfOutput": ResidualOutput,
     f"{_ROC_BERT}.RoCBertOutput": ResidualOutput,
+}
+
+# The same for padding="remove": whole models, their encoders, and heads that would take a padded row's first or last
+# state for that of a token.
+_PADDING_FREE: dict[str, type] = {
+    "fastconv.reference.layers.Encoder": PackedEncoder,
+    "fastconv.reference.bert.BertModel": PaddingFree,
+    "fastconv.reference.convbert.ConvBertModel": PaddingFreeAlone,
+    "fastconv.reference.roc_bert.RoCBertModel": PaddingFree,
+    "fastconv.models.BertModel": PaddingFree,
+    "fastconv.models.ConvBertModel": PaddingFreeAlone,
+    "fastconv.models.RoCBertModel": PaddingFree,
+    "fastconv.reference.convbert.ConvBertClassificationHead": SummaryAlone,
+    "fastconv.reference.convbert.ConvBertSequenceSummary": SummaryAlone,
+    f"{_BERT}.BertEncoder": PackedEncoder,
+    f"{_BERT}.BertModel": PaddingFree,
+    f"{_CONVBERT}.ConvBertEncoder": PackedEncoder,
+    f"{_CONVBERT}.ConvBertModel": PaddingFreeAlone,
+    f"{_CONVBERT}.ConvBertClassificationHead": SummaryAlone,
+    f"{_CONVBERT}.ConvBertSequenceSummary": SummaryAlone,
+    f"{_ROC_BERT}.RoCBertEncoder": PackedEncoder,
+    f"{_ROC_BERT}.RoCBertModel": PaddingFree,
 }
 
 
@@ -94,35 +129,68 @@ def _new(original: type[nn.Module]) -> Any:
 
 @functools.cache
 def _swapped_class(original: Any) -> Any:
-    forward = _FORWARDS[_name(original)]
+    forward = {**_FORWARDS, **_PADDING_FREE}[_name(original)]
     bases = (Swapped, forward) if issubclass(forward, original) else (Swapped, forward, original)
-    made = type(f"Fast{original.__name__}", bases, {"fastconv_original": original, "__module__": __name__})
+    members: dict[str, Any] = {"fastconv_original": original, "__module__": __name__}
+    name = f"Fast{original.__name__}"
+    if issubclass(forward, PaddingFree):
+        # Files and transformers' registries name a model's class, and trainers read its forward's arguments.
+        name, members["__module__"], members["__qualname__"] = (
+            original.__name__,
+            original.__module__,
+            original.__qualname__,
+        )
+        members["forward"] = functools.wraps(original.forward)(lambda self, *a, **k: Swapped.forward(self, *a, **k))
+    made = type(name, bases, members)
     made.fastconv_class = made  # type: ignore[attr-defined]
     return made
+
+
+def _original(module: nn.Module) -> type:
+    return original_class(module) or type(module)
 
 
 def _name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def accelerate(model: M, *, backend: str = "auto") -> M:
+def _may_remove_padding(module: nn.Module) -> bool:
+    forward = _PADDING_FREE.get(_name(_original(module)))
+    return forward is not None and issubclass(forward, PaddingFree) and "forward" not in module.__dict__
+
+
+def accelerate(model: M, *, padding: str = "keep", backend: str = "auto") -> M:
     """Put the fused forwards under a model, or any part of one, in place; returns the model.
 
     model: a module with BERT, RoCBert or ConvBERT layers of this library or of transformers (4.57, 5.x). Before or
         after `.to()`, in train or eval mode. Modules that the table doesn't know, adapters among them, stay as they
         are and are called as before. Calls that ask for attention probabilities run the attention's original forward
+    padding: "keep" computes exactly what the original does. "remove" drops the padding that attention_mask (B, S) says,
+        on either side, before the embeddings, and puts zeros in its place after the last layer: with BERT and RoCBert
+        the tokens' results are those of "keep", with ConvBERT, whose convolutions see the padding, those of each
+        sequence alone. The mask is looked at once a call; a `Packing` made from one, given in its place, saves that.
+        Calls for attentions, of decoders, with encoder_hidden_states, with relative positions, and with padding
+        between the tokens of BERT's or RoCBert's keep it, with a warning once
     backend: "auto", "triton" or "native", for this model's ops; see `fastconv.backend`
 
     Parameters stay the same objects and state_dict the same; for inference the weights of the query, key and value
     layers (and of ConvBERT's convolution input) become neighbours in memory. What was replaced and what was left is
     logged at level INFO by the logger "fastconv". Accelerating twice is accelerating once.
 
-    Raises: TypeError if model is no nn.Module; ValueError for an unknown backend; RuntimeError if there is nothing to
-    replace.
+    Raises: TypeError if model is no nn.Module; ValueError for an unknown backend or padding, or padding="remove" of
+    something that holds no whole encoder; RuntimeError if there is nothing to replace. With padding="remove" a call
+    raises ValueError for a batch that is all padding, and ConvBERT's for padding between the tokens of a row.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate takes a torch.nn.Module, got {type(model).__name__}")
     dispatch.check_backend(backend)
+    if padding not in ("keep", "remove"):
+        raise ValueError(f'padding must be "keep" or "remove", got {padding!r}')
+    forwards = {**_FORWARDS, **_PADDING_FREE} if padding == "remove" else _FORWARDS
+    if padding == "remove" and not any(map(_may_remove_padding, model.modules())):
+        raise ValueError(
+            f'padding="remove" needs a BertModel, RoCBertModel or ConvBertModel, got {type(model).__name__} without one'
+        )
     replaced: Counter[str] = Counter()
     left: Counter[str] = Counter()
     configs: dict[str, Any] = {}
@@ -130,12 +198,16 @@ def accelerate(model: M, *, backend: str = "auto") -> M:
         config = getattr(module, "config", None)
         # Any module may have a `config`: a model's says what to output. Others inherit.
         configs[name] = config if hasattr(config, "output_attentions") else configs.get(name.rpartition(".")[0])
-        original = original_class(module) or type(module)
-        known = _name(original) in _FORWARDS
+        original = _original(module)
+        known = _name(original) in forwards
+        if hasattr(module, "fastconv_padding"):
+            module.fastconv_padding = padding
         # A forward of the instance's own (an offloading hook's, say) comes before that of any class.
         if known and "forward" not in module.__dict__:
             module.__class__ = _swapped_class(original)  # type: ignore[arg-type]
             module.fastconv_backend = backend
+            if hasattr(module, "fastconv_padding"):
+                module.fastconv_padding = padding
             if hasattr(module, "fastconv_config"):
                 module.fastconv_config = configs[name]
             replaced[original.__name__] += 1
@@ -164,7 +236,7 @@ def restore(model: M) -> M:
                 for layers in module.fastconv_packed():  # type: ignore[operator]
                     unpack(layers)
             module.__class__ = original
-            for attribute in ("fastconv_backend", "fastconv_config"):
+            for attribute in ("fastconv_backend", "fastconv_config", "fastconv_padding"):
                 module.__dict__.pop(attribute, None)
     return model
 

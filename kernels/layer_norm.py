@@ -117,6 +117,7 @@ def _layer_norm_bwd_kernel(
     ACC: tl.constexpr,
     HAS_X_BIAS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    HAS_Y_DROPOUT: tl.constexpr,
     HAS_DRESIDUAL: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -141,6 +142,9 @@ def _layer_norm_bwd_kernel(
         z = tl.load(z_ptr + offs_t[:, None] * stride_zt + offs_c[None, :], mask=mask, other=0.0).to(ACC)
         mean = tl.load(mean_ptr + offs_t, mask=mask_t, other=0.0)[:, None]
         rstd = tl.load(rstd_ptr + offs_t, mask=mask_t, other=0.0)[:, None]
+        if HAS_Y_DROPOUT:
+            keep_y = keep_mask(seed_ptr, offs_t, part * BLOCK_C, dropout_p, BLOCK_T, BLOCK_C)
+            dy = tl.where(keep_y, dy * dropout_scale, 0.0)
         # dy is 0 outside the mask, so xhat may be anything finite there.
         xhat = (z - mean) * rstd
         dweight += tl.sum(dy * xhat, axis=0)
@@ -155,6 +159,10 @@ def _layer_norm_bwd_kernel(
             mask_o = mask_t[:, None] & (offs_o < C)[None, :]
             dy_o = tl.load(dy_ptr + offs_t[:, None] * stride_dyt + offs_o[None, :], mask=mask_o, other=0.0).to(ACC)
             z_o = tl.load(z_ptr + offs_t[:, None] * stride_zt + offs_o[None, :], mask=mask_o, other=0.0).to(ACC)
+            if HAS_Y_DROPOUT:
+                first_o = (part + other) % PARTS * BLOCK_C
+                keep_o = keep_mask(seed_ptr, offs_t, first_o, dropout_p, BLOCK_T, BLOCK_C)
+                dy_o = tl.where(keep_o, dy_o * dropout_scale, 0.0)
             g_o = dy_o * tl.load(weight_ptr + offs_o, mask=offs_o < C, other=0.0).to(ACC)[None, :]
             sum_g += tl.sum(g_o, axis=1)
             sum_gx += tl.sum(g_o * (z_o - mean) * rstd, axis=1)
@@ -291,11 +299,14 @@ def layer_norm_bwd(
     has_x_bias: bool,
     dx_dtype: torch.dtype,
     dresidual_dtype: torch.dtype | None,
+    *,
+    dropout_last: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """dx, dresidual and the sums (2 or 3, C): dweight, dbias and, if asked, dx_bias.
 
     dy and z (..., C); dx has `dx_dtype`; dresidual is written if it has a dtype: without dropout it equals dx, so that
-    only another dtype is a reason to ask for it. The sums are fp32 (fp64 for fp64).
+    only another dtype is a reason to ask for it. The sums are fp32 (fp64 for fp64). dropout_last: it came after the
+    norm, of y (another op's forward), not of x.
     """
     shape, dy, z2 = dy.shape, _launch.rows(dy), _launch.rows(z)
     weight = weight.contiguous()
@@ -328,7 +339,8 @@ def layer_norm_bwd(
             1.0 / (1.0 - dropout_p),
             ACC=_launch.acc(mean.dtype),
             HAS_X_BIAS=has_x_bias,
-            HAS_DROPOUT=dropout_p > 0.0,
+            HAS_DROPOUT=dropout_p > 0.0 and not dropout_last,
+            HAS_Y_DROPOUT=dropout_p > 0.0 and dropout_last,
             HAS_DRESIDUAL=dresidual is not None,
             PARTS=config.parts,
             BLOCK_T=config.block_t,

@@ -196,8 +196,10 @@ def _masked_attention_fwd_kernel(
         PRECISION, BLOCK_Q, BLOCK_K, BLOCK_D,
     )  # fmt: skip
 
-    # Without any key, in an empty sequence of a packing, the sum is 0, and so is y.
-    inverse = tl.where(total > 0.0, 1.0 / tl.where(total > 0.0, total, 1.0), 0.0)
+    # Without any key, in an empty sequence of a packing, the sum is 0, and so is y. Elsewhere it is for scores that are
+    # all -inf only, whose softmax is not a number.
+    some = total if not HAS_PACKING else tl.where(total == 0.0, float("inf"), total)
+    inverse = 1.0 / some
     y = acc * (inverse * dropout_scale)[:, None]
     offs_d = tl.arange(0, BLOCK_D)
     offs_y = b * stride_yb + h * stride_yh + i.to(tl.int64)[:, None] * stride_yt + offs_d[None, :]

@@ -236,7 +236,6 @@ def _add_dkv(
     LOWEST: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
-    HAS_PACKING: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     BOUNDED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -366,14 +365,14 @@ def _masked_attention_bwd_dkv_kernel(
         dk, dv, k, v, q_ptr, dy_ptr, stats_ptr, inverse_ptr, delta_ptr, mask_ptr, seed_ptr, bh * Sq,
         offs_k[:, None], first_k, begin, free, first, last, length, Sq, Sk, stride_qt, stride_dyt, stride_mq, stride_mk,
         scale, dropout_p, dropout_scale,
-        D, CAST, MASK, KEY_MASK, MASK_LOWEST, LOWEST, CAUSAL and not HAS_PACKING, HAS_LENGTHS, HAS_PACKING,
+        D, CAST, MASK, KEY_MASK, MASK_LOWEST, LOWEST, CAUSAL and not HAS_PACKING, HAS_LENGTHS,
         HAS_DROPOUT, True, PRECISION, BLOCK_Q, BLOCK_K, BLOCK_D,
     )  # fmt: skip
     dk, dv = _add_dkv(
         dk, dv, k, v, q_ptr, dy_ptr, stats_ptr, inverse_ptr, delta_ptr, mask_ptr, seed_ptr, bh * Sq,
         offs_k[:, None], first_k, free, end, first, last, length, Sq, Sk, stride_qt, stride_dyt, stride_mq, stride_mk,
         scale, dropout_p, dropout_scale,
-        D, CAST, MASK, KEY_MASK, MASK_LOWEST, LOWEST, CAUSAL and not HAS_PACKING, HAS_LENGTHS, HAS_PACKING,
+        D, CAST, MASK, KEY_MASK, MASK_LOWEST, LOWEST, CAUSAL and not HAS_PACKING, HAS_LENGTHS,
         HAS_DROPOUT, False, PRECISION, BLOCK_Q, BLOCK_K, BLOCK_D,
     )  # fmt: skip
     offs_d = tl.arange(0, BLOCK_D)
@@ -405,7 +404,7 @@ def masked_attention_bwd(
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     dmask = torch.zeros(B, H, Sq, Sk, dtype=stats.dtype, device=q.device) if need_dmask else None
     if 0 in (dq.numel(), dk.numel()):
-        return dq.zero_(), dk.zero_(), dv.zero_(), None if dmask is None else dmask.zero_()
+        return dq.zero_(), dk.zero_(), dv.zero_(), dmask
     delta = torch.empty(B, H, Sq, dtype=stats.dtype, device=q.device)
     about = ((B * H, Sq, D), q.element_size(), _launch.capability(q))
     busy = masks.busy(dropout_p)

@@ -100,8 +100,8 @@ PACKED = [
     ({"packing": two([3, 4], [4, 4])}, ValueError, r"packing covers 8 tokens, but the tensors have 7"),
     ({"packing": two([3, 4], [3, 2, 2])}, ValueError, r"must have as many sequences, got 2 and 3"),
     ({"packing": two([3, 4], [4, 3]), "causal": True}, ValueError, r"causal needs queries and keys of one packing"),
-    ({"packing": (Packing.from_lengths([7]),)}, ValueError, r"one Packing, or two: of queries and of keys; got 1"),
-    ({"packing": torch.tensor([0, 7])}, TypeError, r"packing must be a fastconv.Packing or None, got Tensor"),
+    ({"packing": (Packing.from_lengths([7]),)}, TypeError, r"packing must be a Packing, or two of them"),
+    ({"packing": torch.tensor([0, 7])}, TypeError, r"packing must be a Packing, or two of them.*got tensor"),
     ({"q": ones(2, 7, 2, 5)}, ValueError, r"with a packing q must have shape \(T, H, D\).*got q \(2, 7, 2, 5\)"),
     ({"k": ones(6, 2, 5)}, ValueError, r"with a packing q must have shape .*k \(6, 2, 5\), v \(7, 2, 5\)"),
     ({"q": ones(7, 2, 4)}, ValueError, r"with a packing q must have shape .*got q \(7, 2, 4\)"),
@@ -165,3 +165,26 @@ def test_masked_attention_out_of_a_packing():
 def test_masked_attention_lengths_at_the_limits(function, lengths, dtype):
     y = function(**make(), lengths=torch.tensor(lengths, dtype=dtype))
     assert torch.allclose(y, torch.ones(2, 7, 2, 5))
+
+
+def test_masked_attention_head_too_large(backend):
+    q = torch.ones(1, 2, 1, 257)
+    with pytest.raises(ValueError, match=r"a head must have at most 256 channels, got D = 257"):
+        masked_attention(q, q, q)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"packing": 5}, r"packing must be a Packing, or two of them.*got 5"),
+        ({"relative": 5}, r"relative must be RelativePositions\(table, with_keys\), got int"),
+        ({"relative": torch.ones(13, 5)}, r"relative must be RelativePositions\(table, with_keys\), got Tensor"),
+        ({"dropout_p": "0.1"}, r"dropout_p must be a number, got str"),
+        ({"lengths": [7, 7, 7]}, r"lengths must be a torch.Tensor, got list"),
+        ({"mask": [1.0]}, r"mask must be a torch.Tensor, got list"),
+    ],
+)
+def test_masked_attention_wrong_types(backend, option, message):
+    q = torch.ones(3, 7, 2, 5)
+    with pytest.raises(TypeError, match=message):
+        masked_attention(q, q, q, **option)

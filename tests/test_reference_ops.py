@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastconv.reference import ops
+from fastconv.reference import Packing, ops
 
 HALF = [torch.float16, torch.bfloat16]
 
@@ -279,6 +279,89 @@ def test_masked_attention_gradients():
     )
 
 
+@pytest.mark.parametrize(("queries", "keys"), [(5, 5), (2, 6), (6, 2), (1, 4)])
+def test_masked_attention_lengths_and_causal_are_masks(queries, keys):
+    # The last query is at the last key.
+    q, k, v = qkv(queries=queries, keys=keys)
+    lengths = torch.tensor([keys - 1, 0])
+    within = torch.tensor([[j < n for j in range(keys)] for n in lengths.tolist()])[:, None, None]
+    past = torch.tensor([[j - (keys - 1) <= i - (queries - 1) for j in range(keys)] for i in range(queries)])
+    other, bias = torch.rand(2, 3, queries, keys) < 0.7, randn(queries, keys)
+    for options, keep in (
+        ({"lengths": lengths}, within),
+        ({"causal": True}, past),
+        ({"lengths": lengths.int(), "causal": True}, within & past),
+        ({"lengths": lengths, "mask": other}, within & other),
+        ({"lengths": lengths, "causal": True, "mask": other}, within & past & other),
+    ):
+        expected = ops.masked_attention(q, k, v, mask=keep)
+        assert torch.allclose(ops.masked_attention(q, k, v, **options), expected, rtol=1e-12, atol=1e-12)
+        added = ops.masked_attention(q, k, v, **options | {"mask": bias})
+        expected = ops.masked_attention(q, k, v, mask=bias.masked_fill(~keep, -math.inf))
+        if "mask" not in options:
+            assert torch.allclose(added, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("with_keys", [False, True])
+@pytest.mark.parametrize(("queries", "keys"), [(5, 5), (2, 6), (6, 2), (1, 4), (1, 1)])
+def test_relative_positions_equal_a_loop(queries, keys, with_keys):
+    (q, k, v), P = qkv(queries=queries, keys=keys), 7
+    table = randn(2 * P - 1, 4)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k)
+    for i in range(queries):
+        for j in range(keys):
+            row = table[P - 1 + (i + keys - queries) - j]
+            scores[:, :, i, j] += q[:, i] @ row + (k[:, j] @ row if with_keys else 0.0)
+    expected = torch.einsum("bhqk,bkhd->bqhd", (0.3 * scores).softmax(-1), v)
+    relative = ops.RelativePositions(table, with_keys)
+    actual = ops.masked_attention(q, k, v, relative=relative, scale=0.3)
+    assert torch.allclose(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def packed(lengths, causal=False, **options):
+    """The op of a packed batch and what it must be: every sequence alone, on random values."""
+    q, k, v = (randn(sum(part), 3, 4) for part in (lengths[0], lengths[-1], lengths[-1]))
+    packing = tuple(Packing.from_lengths(part) for part in lengths)
+    actual = ops.masked_attention(
+        q, k, v, packing=packing[0] if len(lengths) == 1 else packing, causal=causal, **options
+    )
+    parts = zip(q.split(lengths[0]), k.split(lengths[-1]), v.split(lengths[-1]), strict=True)
+    rows = [
+        ops.masked_attention(qs[None], ks[None], vs[None], causal=causal, **options)[0] if len(ks) else 0.0 * qs
+        for qs, ks, vs in parts
+    ]
+    return actual, torch.cat(rows)
+
+
+@pytest.mark.parametrize("lengths", [([3, 1, 5],), ([0, 4, 0],), ([3, 2, 4], [1, 5, 2]), ([3, 2, 0], [1, 0, 2])])
+def test_packed_attention_is_each_sequence_alone(lengths):
+    head_mask, relative = randn(3, 1, 1), ops.RelativePositions(randn(9, 4), True)
+    for options in ({}, {"scale": 2.0}, {"head_mask": head_mask}, {"relative": relative}):
+        assert torch.equal(*packed(lengths, **options))
+    if len(lengths) == 1:
+        assert torch.equal(*packed(lengths, causal=True))
+
+
+def test_packed_attention_drops_what_the_mask_says():
+    (q, k, v), keep = (randn(5, 3, 4) for _ in range(3)), torch.rand(1, 3, 5, 5) < 0.5
+    dropout = {"dropout_p": 0.5, "dropout_mask": keep}
+    actual = ops.masked_attention(q, k, v, packing=Packing.from_lengths([2, 3]), **dropout)
+    same = torch.block_diag(torch.ones(2, 2), torch.ones(3, 3)).bool()
+    expected = ops.masked_attention(q[None], k[None], v[None], mask=same, **dropout)[0]
+    assert torch.allclose(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_masked_attention_gradients_of_what_is_added_and_multiplied():
+    def function(q, k, v, table, mask, head_mask):
+        relative = ops.RelativePositions(table, True)
+        return ops.masked_attention(
+            q, k, v, relative=relative, mask=mask, head_mask=head_mask, lengths=torch.tensor([2]), causal=True
+        )
+
+    tensors = (randn(1, 2, 2, 2), randn(1, 3, 2, 2), randn(1, 3, 2, 2), randn(7, 2), randn(2, 2, 3), randn(2, 2, 1))
+    gradcheck(function, *tensors)
+
+
 # what every op does
 
 
@@ -412,6 +495,14 @@ BAD = {
         lambda: ops.masked_attention(ones(1, 3, 2, 4), ones(1, 0, 2, 4), ones(1, 0, 2, 4)),
         "at least one key",
     ),
+    "dropout without its mask": (
+        lambda: ops.masked_attention(*(ones(1, 3, 2, 4),) * 3, dropout_p=0.5),
+        r"dropout_p = 0.5 needs dropout_mask, a bool tensor of shape \(B, H, Sq, Sk\)",
+    ),
+    "dropout mask of another shape": (
+        lambda: ops.masked_attention(*(ones(1, 3, 2, 4),) * 3, dropout_p=0.5, dropout_mask=ones(1, 3, 3, 3).bool()),
+        r"dropout_mask must be broadcastable to \(B, H, Sq, Sk\) = \(1, 2, 3, 3\), got \(1, 3, 3, 3\)",
+    ),
     "mask of another shape": (
         lambda: ops.masked_attention(*(ones(1, 3, 2, 4),) * 3, mask=ones(1, 3)[0, :2].bool()),
         r"mask must be broadcastable to \(B, H, Sq, Sk\) = \(1, 2, 3, 3\), got \(2,\)",
@@ -430,6 +521,8 @@ def test_masks_of_wrong_dtype_are_refused():
     q = ones(1, 3, 2, 4)
     with pytest.raises(TypeError, match=r"mask must be a real floating-point tensor, got torch.int64"):
         ops.masked_attention(q, q, q, mask=torch.ones(3, 3, dtype=torch.long))
+    with pytest.raises(TypeError, match=r"dropout_mask must be a bool tensor, got torch.float32"):
+        ops.masked_attention(q, q, q, dropout_p=0.1, dropout_mask=ones(3, 3))
     with pytest.raises(TypeError, match=r"dropout_mask must be a bool tensor, got torch.float32"):
         ops.layer_norm(ones(2, 4), ones(4), ones(4), dropout_p=0.1, dropout_mask=ones(2, 4))
     with pytest.raises(TypeError, match="kernel_size must be an int, got float"):

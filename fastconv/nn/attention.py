@@ -13,8 +13,10 @@ from fastconv.nn.packed_linear import linear, packed_linear
 from fastconv.ops import masked_attention
 from fastconv.ops._eager import autocasting, use_kernels
 from fastconv.ops._sdpa import attention
-from fastconv.reference import Cache
+from fastconv.reference import Cache, Packing
 from fastconv.reference.ops import RelativePositions
+
+_MAX_HEAD_SIZE = 256  # of masked_attention
 
 # Keyword arguments that callers pass on and that no attention looks at, or only for its cache.
 _IGNORED = {
@@ -35,13 +37,18 @@ _PLAIN_ATTENTION = ("eager", *_LIKE_SDPA, *_FLASH)
 class Call(NamedTuple):
     """What a call of an attention module asks for, beside its hidden states (B, Sq, C)."""
 
-    mask: torch.Tensor | None  # broadcastable to (B, H, Sq, Sk)
+    mask: torch.Tensor | Packing | None  # broadcastable to (B, H, Sq, Sk); with a packing the states are (1, T, C)
     head_mask: torch.Tensor | None  # broadcastable to (B, H, Sq, Sk)
     states: torch.Tensor | None  # (B, Sk, C) of an encoder, for cross-attention
     cache: Any  # a Cache of this library or of transformers, or None
     cache_position: Any  # what transformers 4 hands its cache
     sdpa: bool  # whether the original calls scaled_dot_product_attention
     causal: bool
+
+    @property
+    def packing(self) -> Packing | None:
+        """That of the states, if they are packed."""
+        return self.mask if isinstance(self.mask, Packing) else None
 
 
 class FastForward:
@@ -79,6 +86,7 @@ class FastForward:
         if (
             hidden_states.dim() != 3
             or hidden_states.shape[1] == 0
+            or self.attention_head_size > _MAX_HEAD_SIZE  # type: ignore[attr-defined]
             or function not in _PLAIN_ATTENTION
             or (function in _FLASH and causal)
             or not plain_dropout(self.dropout)  # type: ignore[attr-defined]
@@ -94,6 +102,13 @@ class FastForward:
         causal = function in _LIKE_SDPA and causal and mask is None and hidden_states.shape[1] > 1
         return Call(mask, head_mask, states, cache, given.get("cache_position"), function == "sdpa", causal)
 
+    def takes_packing(self) -> bool:
+        """Whether a call with a `Packing` as the mask, and nothing else, gets the fused forward."""
+        function = self._attention_function(None)
+        plain = function in _PLAIN_ATTENTION and plain_dropout(self.dropout)  # type: ignore[attr-defined]
+        small = self.attention_head_size <= _MAX_HEAD_SIZE  # type: ignore[attr-defined]
+        return plain and small and not self._relative() and not self._observed()
+
     def _own(self) -> bool:
         return self.fastconv_original.__module__.startswith("fastconv.reference.")
 
@@ -105,7 +120,7 @@ class FastForward:
 
     def _takes_mask(self, mask: Any, function: str) -> bool:
         """Whether a mask hides keys; others are the original's: BlockMask, integers, a bool one that is added."""
-        if mask is None:
+        if mask is None or isinstance(mask, Packing):
             return True
         if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
             return False
@@ -155,6 +170,18 @@ def attend(
     """
     p, scale = dropout_p(module.dropout), getattr(module, "scaling", None)
     mask, head_mask, relative = call.mask, call.head_mask, None
+    if call.packing is not None:
+        y = masked_attention(
+            q[0],
+            k[0],
+            v[0],
+            packing=call.packing,
+            head_mask=head_mask,
+            dropout_p=p,
+            scale=scale,
+            out=None if out is None else out[0],
+        )
+        return y[None]
     if mask is not None and mask.stride(2) == 0:
         # Expanded over the queries: one row says it all.
         mask = mask[:, :, :1]

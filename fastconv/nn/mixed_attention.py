@@ -15,6 +15,7 @@ from fastconv.nn.separable_conv import plain_layers
 from fastconv.ops import separable_conv, span_dynamic_conv
 from fastconv.ops._eager import autocast, use_kernels
 from fastconv.ops._register import needs_grad
+from fastconv.reference import Packing
 
 
 class MixedAttention(FastForward):
@@ -26,8 +27,7 @@ class MixedAttention(FastForward):
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
         """(B, S, C) -> ((B, S, C), None); other calls go to the original, those for probabilities among them."""
         conv = self.key_conv_attn_layer  # type: ignore[attr-defined]
-        taken = _plain_separable(conv) and self.conv_kernel_size <= MAX_KERNEL_SIZE  # type: ignore[attr-defined]
-        call = self.call(hidden_states, args, kwargs) if taken else None
+        call = self.call(hidden_states, args, kwargs) if self._plain_convolutions() else None
         if call is None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         of_both, of_encoder = self.fastconv_packed()
@@ -36,9 +36,25 @@ class MixedAttention(FastForward):
         else:
             q, conv_out = packed_linear(hidden_states, (of_both[0], of_both[-1]))
             k, v = packed_linear(call.states, of_encoder)
-        span = separable_conv(hidden_states, conv.depthwise.weight, conv.pointwise.weight, conv.bias, gate=q)
+        packing = call.packing
+        span = separable_conv(
+            _rows(hidden_states, packing),
+            conv.depthwise.weight,
+            conv.pointwise.weight,
+            conv.bias,
+            gate=_rows(q, packing),
+            packing=packing,
+        )
         logits = linear(span, self.conv_kernel_layer)  # type: ignore[attr-defined]
         return self._side_by_side(q, k, v, conv_out, logits, call), None
+
+    def takes_packing(self) -> bool:
+        """Whether a call with a `Packing` as the mask, and nothing else, gets the fused forward."""
+        return super().takes_packing() and self._plain_convolutions()
+
+    def _plain_convolutions(self) -> bool:
+        fits = self.conv_kernel_size <= MAX_KERNEL_SIZE  # type: ignore[attr-defined]
+        return fits and _plain_separable(self.key_conv_attn_layer)  # type: ignore[attr-defined]
 
     def _side_by_side(
         self,
@@ -51,16 +67,18 @@ class MixedAttention(FastForward):
     ) -> torch.Tensor:
         """Attention and dynamic convolution, (B, S, C/2) each, as (B, S, C)."""
         heads = (self.num_attention_heads, self.attention_head_size)  # type: ignore[attr-defined]
-        taps, half = self.conv_kernel_size, q.shape[-1]  # type: ignore[attr-defined]
+        taps, half, packing = self.conv_kernel_size, q.shape[-1], call.packing  # type: ignore[attr-defined]
+        value = _rows(conv_out, packing)
         shared = _can_share(q, k, v, conv_out, logits, call)
         q, k, v = (t.unflatten(-1, heads) for t in (q, k, v))
         if not shared:
             attended = attend(self, q, k, v, call).flatten(2)
-            return torch.cat((attended, span_dynamic_conv(conv_out, logits, taps)), -1)
+            convolved = span_dynamic_conv(value, logits, taps, packing=packing)
+            return torch.cat((attended, convolved.view(conv_out.shape)), -1)
         # Each kernel writes straight into its half.
         context = q.new_empty(*conv_out.shape[:-1], half + conv_out.shape[-1])
         attend(self, q, k, v, call, out=context[..., :half].unflatten(-1, heads))
-        span_dynamic_conv(conv_out, logits, taps, out=context[..., half:])
+        span_dynamic_conv(value, logits, taps, packing=packing, out=_rows(context, packing)[..., half:])
         return context
 
     def fastconv_packed(self) -> tuple[tuple[nn.Module, ...], ...]:
@@ -69,13 +87,19 @@ class MixedAttention(FastForward):
         return (q, k, v, self.conv_out_layer), (k, v)  # type: ignore[attr-defined]
 
 
+def _rows(x: torch.Tensor, packing: Packing | None) -> torch.Tensor:
+    """(B, S, ...) as it is, and (1, T, ...) of a packed batch as (T, ...)."""
+    return x if packing is None else x[0]
+
+
 def _can_share(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, conv_out: torch.Tensor, logits: torch.Tensor, call: Call
 ) -> bool:
     """Whether the results of attention and convolution may be written into one tensor: by kernels, in one dtype."""
+    mask = None if isinstance(call.mask, Packing) else call.mask
     return (
-        not needs_grad(q, k, v, conv_out, logits, call.mask, call.head_mask)
-        and use_kernels(q, k, v, conv_out, logits, call.mask, call.head_mask)
+        not needs_grad(q, k, v, conv_out, logits, mask, call.head_mask)
+        and use_kernels(q, k, v, conv_out, logits, mask, call.head_mask)
         and q.dtype == conv_out.dtype
         and autocast(q) is q
     )

@@ -171,7 +171,7 @@ def _native(x, weight, bias, eps, x_bias, residual, dropout_p, seed):
         # ATen's backward on a CPU sums dweight and dbias in the dtype of x: dweight is off by 7 % after
         # 4096 tokens in bf16 (torch 2.13.0).
         wide = torch.promote_types(wide, torch.float32)
-    if wide == z.dtype == weight.dtype or autocasting(z):
+    if wide == z.dtype == weight.dtype:
         return F.layer_norm(z, z.shape[-1:], weight, bias, eps)
     # torch's kernels don't take every mix of dtypes either: compute in the wider one.
     bias = None if bias is None else bias.to(wide)

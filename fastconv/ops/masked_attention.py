@@ -26,8 +26,8 @@ from fastconv.reference.ops.masked_attention import (
     combined_mask,
 )
 
-# fastconv.kernels._attention.max_head_size, known here without importing triton: of half precision, of others.
-_MAX_HALF_HEAD, _MAX_HEAD = 256, 128
+_MAX_HEAD_SIZE = 256
+_MAX_FP32_HEAD = 128  # of the kernels: fastconv.kernels._attention.max_head_size, without importing triton
 
 
 def masked_attention(
@@ -51,8 +51,8 @@ def masked_attention(
     The last query is at the last key. A query that may not attend to any key attends equally to all Sk of them.
 
     q: (B, Sq, H, D) float; k, v: (B, Sk, H, D), dtype of q; any strides with a contiguous last dimension are taken as
-        they are, so a packed projection needs no copy. D up to 256 by the kernel, 128 in fp32, any by
-        the native formulation
+        they are, so a packed projection needs no copy. D up to 256, in fp32 past 128 by the native
+        formulation
     lengths: (B,) int32 or int64: the keys from this one on are forbidden; looked at on a CPU only
     mask: broadcastable to (B, H, Sq, Sk), never expanded in memory: bool, True where a key may be attended to, or
         floating point, added to the scores, where -inf and the lowest number of its dtype forbid a key
@@ -77,25 +77,27 @@ def masked_attention(
     al., arXiv 1706.03762, section 3.2.1; Dao, arXiv 2307.08691.
     """
     check(q, k, v, lengths, mask, causal, relative, head_mask, dropout_p, packing)
+    if q.shape[-1] > _MAX_HEAD_SIZE:
+        raise ValueError(f"a head must have at most {_MAX_HEAD_SIZE} channels, got D = {q.shape[-1]}")
     check_seed(q, seed)
+    relative = None if relative is None else RelativePositions(*relative)
     q, k, v = autocast(q), autocast(k), autocast(v)
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
-    table = None if relative is None else relative[0]
+    table = None if relative is None else relative.table
     if out is not None:
         check_out(out, q, k, v, mask, head_mask, table)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     factor = _of_queries(head_mask, packed=packing is not None)
-    by_kernels = q.shape[-1] <= (_MAX_HALF_HEAD if q.dtype.itemsize == 2 else _MAX_HEAD) and use_kernels(
-        q, k, v, mask, table
-    )
+    small = q.shape[-1] <= (_MAX_HEAD_SIZE if q.dtype.itemsize == 2 else _MAX_FP32_HEAD)
+    by_kernels = small and use_kernels(q, k, v, mask, table)
     if relative is not None and packing is not None:
         y = _each_sequence(q, k, v, causal, relative, dropout_p, seed, scale, *both_packings(packing))
     elif (head_mask is not None and factor is None) or (not by_kernels and (relative is not None or needs_grad(mask))):
         y = _composed(
             q, k, v, lengths, mask, causal, relative, None if factor is not None else head_mask, dropout_p, seed, scale
         )
-    elif not by_kernels or _prefers_sdpa(q, k, causal, lengths, mask, seed, packing, relative):
+    elif not by_kernels or _prefers_sdpa(q, k, v, causal, lengths, mask, seed, packing, relative):
         y = _native(q, k, v, lengths, mask, causal, dropout_p, seed, scale, packing)
     else:
         if relative is not None:
@@ -185,14 +187,19 @@ def _each_sequence(q, k, v, causal, relative, dropout_p, seed, scale, of_queries
     return torch.cat(rows)
 
 
-def _prefers_sdpa(q: torch.Tensor, k: torch.Tensor, causal: bool, *masks: object) -> bool:
-    """Whether `auto` leaves a call on a GPU to PyTorch's own kernels."""
+def _prefers_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, *masks: object) -> bool:
+    """Whether `auto` leaves a call on a GPU to PyTorch's own kernels.
+
+    In inference only: their backward adds in any order, which gives other bits in every run.
+    """
+    if needs_grad(q, k, v):
+        return False
     masked = any(mask is not None for mask in masks) or (causal and q.shape[1] != k.shape[1])
     return q.is_cuda and dispatch.current() == "auto" and sdpa_is_faster(q.shape[1], q.shape[-1], q.dtype, masked)
 
 
 def sdpa_is_faster(Sq: int, D: int, dtype: torch.dtype, masked: bool) -> bool:
-    """Whether scaled_dot_product_attention is the faster choice, by the number of queries and the size of a head.
+    """Whether scaled_dot_product_attention is the faster choice in inference, by the queries and the size of a head.
 
     Never with a mask, which its flash kernels refuse. Without one, forward in TFLOP/s on an H100 in fp16, not causal,
     512 keys, as published (Shah et al., arXiv 2407.08608, figure 5; to be measured on a card of this library's own):
@@ -310,6 +317,7 @@ def _by_kernels(q, k, v, lengths, mask, causal, dropout_p, seed, scale, packing,
         q, k, v = q[None], k[None], v[None]
         out = None if out is None else out[None]
     packed = _packed(packing)
+    lengths = None if lengths is None else lengths.contiguous()
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     # Dynamo gives half the gradient for a tensor in two slots of an autograd.Function (pytorch #183604).
     v = v.view_as(v) if v is k or v is q else v

@@ -38,7 +38,9 @@ def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: s
 
 
 def check_probability(name: str, p: float) -> None:
-    """Raise ValueError unless 0 <= p < 1."""
+    """Raise ValueError unless 0 <= p < 1, TypeError for no number."""
+    if not isinstance(p, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(p).__name__}")
     if not 0.0 <= p < 1.0:
         raise ValueError(f"{name} must be at least 0 and less than 1, got {p}")
 

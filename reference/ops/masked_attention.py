@@ -243,8 +243,8 @@ def _check_packed(
     for name, other in (("lengths", lengths), ("mask", mask)):
         if other is not None:
             raise ValueError(f"give packing or {name}, not both: a packing says which keys a query may attend to")
-    if isinstance(packing, tuple) and len(packing) != 2:
-        raise ValueError(f"packing must be one Packing, or two: of queries and of keys; got {len(packing)}")
+    if not isinstance(packing, Packing) and not (isinstance(packing, tuple) and len(packing) == 2):
+        raise TypeError(f"packing must be a Packing, or two of them: of queries and of keys; got {packing!r:.100}")
     if q.dim() != 3 or k.shape != v.shape or k.dim() != 3 or q.shape[1:] != k.shape[1:] or q.shape[2] == 0:
         raise ValueError(f"with a packing q must have shape (T, H, D), k and v (T, H, D), D >= 1, got {shapes}")
     of_queries, of_keys = both_packings(packing)
@@ -277,6 +277,8 @@ def _check_lengths(lengths: Tensor | None, q: Tensor, Sk: int) -> None:
 
 
 def _check_relative(relative: RelativePositions, q: Tensor, longest: int) -> None:
+    if not isinstance(relative, tuple) or len(relative) not in (1, 2):
+        raise TypeError(f"relative must be RelativePositions(table, with_keys), got {type(relative).__name__}")
     table = relative[0]
     check_float(q=q, table=table)
     if table.dim() != 2 or table.shape[0] % 2 == 0 or table.shape[1] != q.shape[-1]:
