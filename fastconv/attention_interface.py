@@ -104,7 +104,7 @@ def _attention(
     return y[..., : value.shape[-1]].contiguous(), probabilities
 
 
-def _scale(module: nn.Module, query: torch.Tensor) -> float:
+def _scale(module: Any, query: torch.Tensor) -> float:
     """The scale of a module that names none, which GPT-2's of transformers 4.57 has in its attributes."""
     scale = query.shape[-1] ** -0.5 if getattr(module, "scale_attn_weights", True) else 1.0
     return scale / (module.layer_idx + 1) if getattr(module, "scale_attn_by_inverse_layer_idx", False) else scale

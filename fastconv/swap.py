@@ -169,8 +169,9 @@ def accelerate(model: M, *, padding: str = "keep", backend: str = "auto") -> M:
         on either side, before the embeddings, and puts zeros in its place after the last layer: with BERT and RoCBert
         the tokens' results are those of "keep", with ConvBERT, whose convolutions see the padding, those of each
         sequence alone. The mask is looked at once a call; a `Packing` made from one, given in its place, saves that.
-        Calls for attentions, of decoders, with encoder_hidden_states, with relative positions, and with padding
-        between the tokens of BERT's or RoCBert's keep it, with a warning once
+        Calls for attentions, of decoders, with encoder_hidden_states, chunks or relative positions, with hooks on an
+        attention, and with padding between the tokens of BERT's or RoCBert's keep it, with a warning once. Heads that
+        take the first state get zeros where that is padding; ConvBERT's that make one vector take that of the tokens
     backend: "auto", "triton" or "native", for this model's ops; see `fastconv.backend`
 
     Parameters stay the same objects and state_dict the same; for inference the weights of the query, key and value
@@ -204,7 +205,7 @@ def accelerate(model: M, *, padding: str = "keep", backend: str = "auto") -> M:
             module.fastconv_padding = padding
         # A forward of the instance's own (an offloading hook's, say) comes before that of any class.
         if known and "forward" not in module.__dict__:
-            module.__class__ = _swapped_class(original)  # type: ignore[arg-type]
+            module.__class__ = _swapped_class(original)
             module.fastconv_backend = backend
             if hasattr(module, "fastconv_padding"):
                 module.fastconv_padding = padding

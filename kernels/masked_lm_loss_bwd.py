@@ -333,7 +333,7 @@ def launches(dtype: torch.dtype, device: torch.device) -> Iterator[str]:
         weight = torch.empty(30522, C, dtype=dtype, device=device)
         bias = torch.empty(30522, dtype=dtype, device=device) if has_bias else None
         hidden = torch.empty(T, C, dtype=dtype, device=device)
-        indices = [torch.empty(T, dtype=torch.int32, device=device) for _ in range(3)]
+        labels, tokens, numbers = (torch.empty(T, dtype=torch.int32, device=device) for _ in range(3))
         lse, dy = torch.empty(T, dtype=acc, device=device), torch.empty((), dtype=acc, device=device)
-        masked_lm_loss_bwd(dy, hidden, weight, bias, *indices, lse, 0.1, 1e-4, True, True)
+        masked_lm_loss_bwd(dy, hidden, weight, bias, labels, tokens, numbers, lse, 0.1, 1e-4, True, True)
         yield f"masked_lm_loss_bwd T={T} C={C}"

@@ -37,18 +37,14 @@ _PLAIN_ATTENTION = ("eager", *_LIKE_SDPA, *_FLASH)
 class Call(NamedTuple):
     """What a call of an attention module asks for, beside its hidden states (B, Sq, C)."""
 
-    mask: torch.Tensor | Packing | None  # broadcastable to (B, H, Sq, Sk); with a packing the states are (1, T, C)
+    mask: torch.Tensor | None  # broadcastable to (B, H, Sq, Sk)
+    packing: Packing | None  # of the states, which are (1, T, C) then
     head_mask: torch.Tensor | None  # broadcastable to (B, H, Sq, Sk)
     states: torch.Tensor | None  # (B, Sk, C) of an encoder, for cross-attention
     cache: Any  # a Cache of this library or of transformers, or None
     cache_position: Any  # what transformers 4 hands its cache
     sdpa: bool  # whether the original calls scaled_dot_product_attention
     causal: bool
-
-    @property
-    def packing(self) -> Packing | None:
-        """That of the states, if they are packed."""
-        return self.mask if isinstance(self.mask, Packing) else None
 
 
 class FastForward:
@@ -79,7 +75,9 @@ class FastForward:
             # A **kwargs of the original takes names that it does nothing with.
             if asked and not (known and name in self.fastconv_arguments):
                 return None
-        mask, head_mask = given.get("attention_mask"), given.get("head_mask")
+        mask, head_mask, packing = given.get("attention_mask"), given.get("head_mask"), None
+        if isinstance(mask, Packing):
+            mask, packing = None, mask
         states, cache = given.get("encoder_hidden_states"), given.get("past_key_values")
         function = self._attention_function(head_mask)
         causal = getattr(self, "is_causal", getattr(self, "is_decoder", False) and states is None)
@@ -100,7 +98,7 @@ class FastForward:
             return None
         # As transformers: a mask says all, and one query sees everything.
         causal = function in _LIKE_SDPA and causal and mask is None and hidden_states.shape[1] > 1
-        return Call(mask, head_mask, states, cache, given.get("cache_position"), function == "sdpa", causal)
+        return Call(mask, packing, head_mask, states, cache, given.get("cache_position"), function == "sdpa", causal)
 
     def takes_packing(self) -> bool:
         """Whether a call with a `Packing` as the mask, and nothing else, gets the fused forward."""
@@ -120,7 +118,7 @@ class FastForward:
 
     def _takes_mask(self, mask: Any, function: str) -> bool:
         """Whether a mask hides keys; others are the original's: BlockMask, integers, a bool one that is added."""
-        if mask is None or isinstance(mask, Packing):
+        if mask is None:
             return True
         if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
             return False

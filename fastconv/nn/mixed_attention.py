@@ -96,10 +96,9 @@ def _can_share(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, conv_out: torch.Tensor, logits: torch.Tensor, call: Call
 ) -> bool:
     """Whether the results of attention and convolution may be written into one tensor: by kernels, in one dtype."""
-    mask = None if isinstance(call.mask, Packing) else call.mask
     return (
-        not needs_grad(q, k, v, conv_out, logits, mask, call.head_mask)
-        and use_kernels(q, k, v, conv_out, logits, mask, call.head_mask)
+        not needs_grad(q, k, v, conv_out, logits, call.mask, call.head_mask)
+        and use_kernels(q, k, v, conv_out, logits, call.mask, call.head_mask)
         and q.dtype == conv_out.dtype
         and autocast(q) is q
     )

@@ -64,7 +64,7 @@ class PaddingFree:
 
     def _packing(self, given: dict[str, Any]) -> Packing | None:
         """The packing of a call; None for one that is computed on the padded batch."""
-        mask = given.get("attention_mask")
+        mask: Any = given.get("attention_mask")
         if self.fastconv_padding != "remove":
             if isinstance(mask, Packing):
                 raise TypeError('attention_mask is a Packing, which needs accelerate(model, padding="remove")')
@@ -113,7 +113,7 @@ class PaddingFree:
         if not isinstance(encoder, PackedEncoder):
             return f"the forward of {type(encoder).__name__} is not a fused one"
         for layer in encoder.layer:  # type: ignore[attr-defined]
-            attention = getattr(getattr(layer, "attention", None), "self", None)
+            attention: Any = getattr(getattr(layer, "attention", None), "self", None)
             if not (hasattr(attention, "takes_packing") and attention.takes_packing()):
                 return f"the attention of a {type(layer).__name__} is not a fused one, or somebody looks at it"
         return None
@@ -134,7 +134,7 @@ class PaddingFree:
                 )
             given[name] = packing.pack(value)[None]
         if given.get("position_ids") is None:
-            positions = packing.before.long() if self.fastconv_alone else packing.indices % S  # type: ignore[operator]
+            positions: Any = packing.before.long() if self.fastconv_alone else packing.indices % S  # type: ignore[operator]
             given["position_ids"] = positions[None]
         if given.get("token_type_ids") is None:
             # Their default has a buffer of the longest sequence's length behind it.

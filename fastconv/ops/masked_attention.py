@@ -102,7 +102,7 @@ def masked_attention(
     else:
         if relative is not None:
             mask, lengths, causal = _biased(q, k, mask, lengths, causal, relative, scale), None, False
-        elif needs_grad(mask):
+        elif mask is not None and needs_grad(mask):
             # One mask, whose forbidden keys get no gradient.
             mask, lengths, causal = _one_mask(q, k, mask, lengths, causal), None, False
         direct = out is not None and factor is None and out.stride(-1) == 1 and not shares_memory(out, q, k, v, mask)
@@ -222,9 +222,10 @@ def _native(q, k, v, lengths, mask, causal, dropout_p, seed, scale, packing):
     if mask is None or mask.dtype.itemsize <= q.dtype.itemsize or mask.dim() < 2 or mask.shape[-2] == 1:
         return _sdpa.native(q, k, v, lengths, mask, causal, dropout_p, scale)
     # SDPA wants a mask in q's dtype, which would round what is added to the scores of pairs.
-    wide = (t.to(mask.dtype) for t in (q, k, v))
+    wide = mask.dtype
     with torch.autocast(q.device.type, enabled=False):
-        return _sdpa.native(*wide, lengths, mask, causal, dropout_p, scale).to(q.dtype)
+        y = _sdpa.native(q.to(wide), k.to(wide), v.to(wide), lengths, mask, causal, dropout_p, scale)
+    return y.to(q.dtype)
 
 
 def attention_dropout_mask(
