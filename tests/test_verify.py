@@ -15,6 +15,7 @@ from tiny import TEXT, run, save
 
 import fastconv
 from fastconv import models, parity
+from fastconv.nn import padding_free
 from fastconv.nn.attention import SelfAttention
 from fastconv.nn.feed_forward import ResidualOutput
 from fastconv.parity import measure, paths, progress, results
@@ -73,6 +74,50 @@ def test_verify_runs_every_path_of_every_class(name, tmp_path, native):
         assert row.peak_bytes > 0 and bool(row.replaced) is row.ours
     assert result.ok and [note for note in result.notes if "transformers is not installed" not in note] == []
     assert result.parameters == sum(p.numel() for p in getattr(models, name).from_pretrained(tmp_path).parameters())
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["BertModel", "BertForPreTraining", "BertForSequenceClassification", "BertForMultipleChoice",
+     "BertForQuestionAnswering", "ConvBertModel", "ConvBertForMaskedLM", "ConvBertForMultipleChoice",
+     "ConvBertForQuestionAnswering", "RoCBertModel", "RoCBertForSequenceClassification"],
+)  # fmt: skip
+def test_padding_removed(name, tmp_path, native):
+    result = parity.verify(save(tmp_path, name), text=TEXT, batch=4, padding="remove", rounds=2)
+    found = [row.path for row in result.rows]
+    removed = [path for path in found if path.endswith(", no padding")]
+    assert [path.partition(" (")[0] for path in found if path not in removed] == expected_paths()
+    assert removed == [f"{path}, no padding" for path in expected_paths() if path.endswith(("accelerate", "fastconv"))]
+    for row in result.rows:
+        kept = result.kept(row)
+        assert row.comparison.ok and 0 < row.comparison.max_error < 1e-4, row.path
+        assert kept is None if row.path not in removed else f"{kept.path}, no padding" == row.path
+        assert bool(row.replaced) is row.ours
+        assert kept is None or sum(row.replaced.values()) > sum(kept.replaced.values())
+    assert result.ok and result.padding > 0.1
+    assert [row["vs_keep"] for row in result.to_dict()["rows"]] == [
+        None if (kept := result.kept(row)) is None else row.speedup(kept) for row in result.rows
+    ]
+
+
+def test_padding_removed_is_told_and_can_fail(tmp_path, native, capsys, monkeypatch):
+    folder = save(tmp_path, "ConvBertModel")
+    arguments = ("verify", folder, "--batch", 4, "--rounds", 1, "--text", "-", "--padding")
+
+    def verify(padding: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(TEXT))
+        return run(capsys, *arguments, padding)
+
+    code, out, _ = verify("remove")
+    assert code == 0 and "errors: of tokens, against" in out and "\nfastconv, no padding  " in out
+    (ratio,) = (line for line in out.splitlines() if line.startswith("fastconv, no padding: "))
+    assert ratio.endswith("x of fastconv") and float(ratio.split()[3].removesuffix("x")) > 0
+    code, out, _ = verify("keep")
+    assert code == 0 and "no padding" not in out.partition("speed:")[0] + out.partition("peak MB  ")[2]
+    # With its padding a sequence of ConvBERT is not what it is alone.
+    monkeypatch.setattr(padding_free.PaddingFree, "_packing", lambda self, given: None)
+    code, out, _ = verify("remove")
+    assert code == 1 and "FAIL: " in out and "fastconv, no padding: max error" in out and "; fastconv: " not in out
 
 
 @needs_transformers

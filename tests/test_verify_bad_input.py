@@ -41,6 +41,7 @@ BAD = [
     (["{folder}", "--text", "{blank}"], "the text is empty"),
     (["{folder}", "--text", "-"], "--text -: the text is empty"),
     (["{folder}", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+    (["{folder}", "--padding", "drop"], "argument --padding: invalid choice: 'drop'"),
     (["{folder}", "--batch", "0"], "batch must be at least 1, got 0"),
     (["{folder}", "--batch", "many"], "argument --batch: invalid int value: 'many'"),
     (["{folder}", "--length", "2"], "length must be at least 3, got 2"),

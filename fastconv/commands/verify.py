@@ -40,6 +40,14 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help="join sentences to sequences of exactly N tokens; default: a sequence is a sentence, with padding",
     )
+    parser.add_argument(
+        "--padding",
+        default="keep",
+        choices=("keep", "remove"),
+        help='"remove": run fastconv\'s paths with accelerate(padding="remove") too, and compare the tokens with what '
+        "that promises: for BERT and RoCBert the results of the padded batch, for ConvBERT those of each sequence "
+        "alone; default: %(default)s",
+    )
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...; default: cuda if there is a GPU")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: PyTorch's choice")
     parser.add_argument(
@@ -66,6 +74,7 @@ def _run(args: argparse.Namespace, command: str) -> int:
             dtype=args.dtype,
             batch=args.batch,
             length=args.length,
+            padding=args.padding,
             device=args.device,
             rounds=args.rounds,
         )

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from fastconv import reference
 from fastconv.parity import batches, environment, measure, paths, subjects
 from fastconv.parity.batches import Batch
 from fastconv.parity.results import Row, Verification
@@ -51,6 +52,7 @@ def verify(
     dtype: str | torch.dtype = "fp32",
     batch: int | None = None,
     length: int | None = None,
+    padding: str = "keep",
     device: str | torch.device | None = None,
     rounds: int | None = None,
     progress: Progress | None = None,
@@ -62,6 +64,8 @@ def verify(
     dtype: "fp32", "bf16" or "fp16", or the torch.dtype
     batch: sequences at a time; None: 8
     length: tokens of every sequence, made of joined sentences; None: a sequence is a sentence, and batches have padding
+    padding: "remove" runs this library's paths without padding too, and compares the tokens of those with what that
+        promises, and what each takes with the same path with its padding
     device: None: the first CUDA GPU if there is one, else the CPU
     rounds: times that every path runs over all batches; None: for about 20 s, at least 5
     progress: called after each step
@@ -70,7 +74,9 @@ def verify(
 
     Raises: ValueError, TypeError, OSError, ImportError for what can't be run, saying why, before anything is computed.
     """
-    job = prepare(model, text=text, dtype=dtype, batch=batch, length=length, device=device, rounds=rounds)
+    job = prepare(
+        model, text=text, dtype=dtype, batch=batch, length=length, padding=padding, device=device, rounds=rounds
+    )
     return job.run(progress)
 
 
@@ -81,6 +87,7 @@ def prepare(
     dtype: str | torch.dtype = "fp32",
     batch: int | None = None,
     length: int | None = None,
+    padding: str = "keep",
     device: str | torch.device | None = None,
     rounds: int | None = None,
 ) -> Job:
@@ -91,14 +98,18 @@ def prepare(
         check_int("length", length, 3)
     if rounds is not None:
         check_int("rounds", rounds, 1)
+    if padding not in ("keep", "remove"):
+        raise ValueError(f'padding must be "keep" or "remove", got {padding!r}')
     place = environment.usable_device(device)
     kind = environment.usable_dtype(dtype, place)
     read = default_sentences() if text is None else sentences(text)
     if not read:
         raise ValueError("the text is empty; expected at least one sentence")
     subject = subjects.load(model, read)
+    if padding == "remove" and subject.config.is_decoder:
+        raise ValueError(f'padding must be "keep" for {subject.name}, which is a decoder, got "remove"')
     made, timed = _batches(subject, read, batch, length, place)
-    return Job(subject, made, timed, kind, place, rounds)
+    return Job(subject, made, timed, kind, place, rounds, padding)
 
 
 @dataclass(frozen=True)
@@ -111,6 +122,7 @@ class Job:
     dtype: torch.dtype
     device: torch.device
     rounds: int | None
+    padding: str = "keep"
 
     def run(self, progress: Progress | None = None) -> Verification:
         """Compute, see `verify`."""
@@ -118,14 +130,16 @@ class Job:
         steps = _Steps(progress, 2)
         inputs = [self._inputs(batch) for batch in self.batches]
         steps("reference in fp64")
-        truth = self._truth(inputs)
+        truths = self._truths(inputs)
         steps("building the models")
-        built, missing = paths.build(subject.class_name, subject.config, subject.weights, self.dtype, self.device)
+        built, missing = paths.build(
+            subject.class_name, subject.config, subject.weights, self.dtype, self.device, self.padding
+        )
         rounds = self.rounds or _FEWEST_ROUNDS
         steps.total += len(built) * (3 + rounds)
 
-        comparisons = self._compare(built, inputs, truth, steps)
-        del truth
+        comparisons = self._compare(built, inputs, truths, steps)
+        del truths
         with torch.inference_mode():
             timed = inputs[: self.timed]
             largest = max(timed, key=lambda each: each["input_ids"].numel())
@@ -153,25 +167,43 @@ class Job:
         choices = self.subject.class_name.endswith("ForMultipleChoice")
         return {name: (tensor[:, None] if choices else tensor).to(self.device) for name, tensor in batch.inputs.items()}
 
-    def _truth(self, inputs: Sequence[Inputs]) -> Tensor:
+    def _alone(self, path: paths.Path) -> bool:
+        """Whether a path promises what the reference gives each sequence alone, not what it gives the batch."""
+        return path.removes and self._convolves()
+
+    def _convolves(self) -> bool:
+        return isinstance(self.subject.config, reference.ConvBertConfig)
+
+    def _truths(self, inputs: Sequence[Inputs]) -> dict[bool, Tensor]:
+        """Of the batches and, if a path promises that, of the sequences alone."""
         # Of the devices, CPUs and CUDA GPUs have fp64.
         place = self.device if self.device.type == "cuda" else torch.device("cpu")
         subject = self.subject
         model = paths.truth(subject.class_name, subject.config, subject.weights, self.dtype).to(place)
-        return _outputs(model, [{name: tensor.to(place) for name, tensor in each.items()} for each in inputs])
+        moved = [{name: tensor.to(place) for name, tensor in each.items()} for each in inputs]
+        alone = self.padding == "remove" and self._convolves()
+        return {kind: self._outputs(model, moved, kind) for kind in ((False, True) if alone else (False,))}
 
     def _compare(
-        self, built: Sequence[paths.Path], inputs: Sequence[Inputs], truth: Tensor, steps: _Steps
+        self, built: Sequence[paths.Path], inputs: Sequence[Inputs], truths: dict[bool, Tensor], steps: _Steps
     ) -> list[Comparison]:
         found: list[Comparison] = []
-        own: Tensor | None = None  # of the reference, which is the first path
+        own: dict[bool, Tensor] = {}
         with _exact_convolutions(self.device):
             for path in built:
                 steps(f"comparing with fp64: {path.name}")
-                outputs = _outputs(path.model, inputs)
-                own = outputs if own is None else own
-                found.append(compare(outputs, own, truth))
+                if not own:  # the first path is the reference
+                    own = {alone: self._outputs(path.model, inputs, alone) for alone in truths}
+                outputs = own[False] if path is built[0] else self._outputs(path.model, inputs)
+                alone = self._alone(path)
+                found.append(compare(outputs, own[alone], truths[alone]))
         return found
+
+    def _outputs(self, model: nn.Module, inputs: Sequence[Inputs], alone: bool = False) -> Tensor:
+        """The main outputs of all batches as one row of numbers, on the CPU."""
+        outputs = paths.outputs_alone if alone else partial(paths.main_outputs, tokens_only=self.padding == "remove")
+        with torch.inference_mode():
+            return torch.cat([tensor.flatten().cpu() for each in inputs for tensor in outputs(model, each)])
 
     def _result(self, rows: Sequence[Row], notes: Sequence[str]) -> Verification:
         subject = self.subject
@@ -191,6 +223,7 @@ class Job:
             rows=rows,
             notes=notes,
             versions=environment.versions(),
+            padding_removed=self.padding == "remove",
             date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         )
 
@@ -238,12 +271,6 @@ def _batches(
 def _run_all(model: nn.Module, inputs: Sequence[Inputs]) -> None:
     for each in inputs:
         model(**each)
-
-
-def _outputs(model: nn.Module, inputs: Sequence[Inputs]) -> Tensor:
-    """The main outputs of all batches as one row of numbers, on the CPU."""
-    with torch.inference_mode():
-        return torch.cat([paths.main_output(model, each).flatten().cpu() for each in inputs])
 
 
 @contextlib.contextmanager

@@ -19,6 +19,8 @@ REFERENCE = "reference"
 TRANSFORMERS = "transformers"
 ACCELERATED = "transformers + accelerate"
 FASTCONV = "fastconv"
+# After the name of a path of which padding is removed.
+REMOVED = ", no padding"
 
 _OUTPUTS = (
     "last_hidden_state",
@@ -28,6 +30,8 @@ _OUTPUTS = (
     "prediction_logits",
     "seq_relationship_logits",
 )
+# Of these one number, or a row of them, belongs to a token.
+_OF_TOKENS = ("last_hidden_state", "start_logits", "end_logits", "prediction_logits")
 _FEW_LOGITS = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction")
 
 Weights = Mapping[str, Tensor]
@@ -38,21 +42,29 @@ class Path:
     """One way to run the model.
 
     ours: whether it is this library's, so that its errors decide between PASS and FAIL
+    removes: whether it runs without padding
     replaced: how many modules of each class run a fused forward
     """
 
     name: str
     model: nn.Module
     ours: bool = False
+    removes: bool = False
     replaced: Mapping[str, int] = field(default_factory=dict)
 
 
 def build(
-    class_name: str, config: reference.Config, weights: Weights, dtype: torch.dtype, device: torch.device
+    class_name: str,
+    config: reference.Config,
+    weights: Weights,
+    dtype: torch.dtype,
+    device: torch.device,
+    padding: str = "keep",
 ) -> tuple[list[Path], str | None]:
     """Every path that can run here, in the order of the table; and why transformers' are left out, if they are.
 
     class_name: a class of fastconv.models, which is the class of the same name everywhere
+    padding: "remove" adds this library's paths without padding to those with it
 
     Raises: RuntimeError where `accelerate` finds nothing to replace.
     """
@@ -67,10 +79,10 @@ def build(
         original = ready(model)
         attention = getattr(original.config, "_attn_implementation", None)
         paths.append(Path(f"{TRANSFORMERS} ({attention})" if attention else TRANSFORMERS, original))
-        paths.append(_accelerated(ACCELERATED, copy.deepcopy(original)))
+        paths += _accelerated(ACCELERATED, copy.deepcopy(original), padding)
     own_class = getattr(models, class_name)
     own = own_class(own_class.config_class.from_dict(config.to_dict()))
-    paths.append(_accelerated(FASTCONV, ready(own)))
+    paths += _accelerated(FASTCONV, ready(own), padding)
     return paths, missing
 
 
@@ -81,14 +93,15 @@ def truth(class_name: str, config: reference.Config, weights: Weights, dtype: to
     return model.double().eval()
 
 
-def main_output(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """What a model's paths are compared by: its hidden states or logits, padding included.
+def main_outputs(model: nn.Module, inputs: Mapping[str, Tensor], *, tokens_only: bool = False) -> list[Tensor]:
+    """What a model's paths are compared by: its hidden states or logits, padding included unless `tokens_only`.
 
-    Of a head with a few numbers a sequence, too few to compare by, all of them and its encoder's hidden states, flat.
+    Of a head with a few numbers a sequence, too few to compare by, all of them and its encoder's hidden states.
     """
+    few = type(model).__name__.endswith(_FEW_LOGITS)
     encoded: list[Tensor] = []
     hook = None
-    if type(model).__name__.endswith(_FEW_LOGITS):
+    if few:
         encoder: Any = model.base_model
         hook = encoder.register_forward_hook(lambda module, args, output: encoded.append(output[0]))
     try:
@@ -96,14 +109,37 @@ def main_output(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     finally:
         if hook is not None:
             hook.remove()
-    found = [output[name] for name in _OUTPUTS if name in output] + encoded
-    return found[0] if len(found) == 1 else torch.cat([tensor.flatten() for tensor in found])
+    names = [name for name in _OUTPUTS if name in output]
+    found = [output[name] for name in names] + encoded
+    if not tokens_only:
+        return found
+    tokens = inputs["attention_mask"].flatten(0, -2).bool()
+    of_tokens = [name in _OF_TOKENS or (name == "logits" and not few) for name in names] + [True] * len(encoded)
+    return [tensor[tokens] if chosen else tensor for tensor, chosen in zip(found, of_tokens, strict=True)]
 
 
-def _accelerated(name: str, model: nn.Module) -> Path:
+def outputs_alone(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """main_outputs of the tokens of each sequence, padded on the right in `inputs`, run by itself."""
+    lengths = inputs["attention_mask"].flatten(0, -2).sum(-1).tolist()
+    rows = [
+        main_outputs(model, {name: ids[row : row + 1, ..., :length] for name, ids in inputs.items()}, tokens_only=True)
+        for row, length in enumerate(lengths)
+    ]
+    return [torch.cat(parts) for parts in zip(*rows, strict=True)]
+
+
+def _accelerated(name: str, model: nn.Module, padding: str) -> list[Path]:
     accelerate(model)
-    replaced = Counter(module.fastconv_original.__name__ for module in model.modules() if isinstance(module, Swapped))
-    return Path(name, model, ours=True, replaced=dict(sorted(replaced.items())))
+    paths = [Path(name, model, ours=True, replaced=_replaced(model))]
+    if padding == "remove":
+        removing = accelerate(copy.deepcopy(model), padding="remove")
+        paths.append(Path(name + REMOVED, removing, ours=True, removes=True, replaced=_replaced(removing)))
+    return paths
+
+
+def _replaced(model: nn.Module) -> dict[str, int]:
+    found = Counter(module.fastconv_original.__name__ for module in model.modules() if isinstance(module, Swapped))
+    return dict(sorted(found.items()))
 
 
 def _transformers_model(class_name: str, config: reference.Config) -> tuple[Any, str | None]:

@@ -7,6 +7,7 @@ import textwrap
 from importlib.util import find_spec
 
 from fastconv.parity import table
+from fastconv.parity.paths import REMOVED
 from fastconv.parity.results import Row, Verification
 
 # By whose code runs: the yardsticks grey, fused forwards in another's model light, this library's model dark.
@@ -62,7 +63,8 @@ def draw(result: Verification, file: str | os.PathLike[str]) -> None:
     for index, (row, cells) in enumerate(zip(result.rows, table.cells(result), strict=True), 1):
         middle = top + index * _ROW
         weight = "bold" if row.ours else "normal"
-        axes.text(0, middle, row.path, fontsize=11, color=_INK, va="center", weight=weight)
+        label = row.path if result.kept(row) is None else f"    {REMOVED.lstrip(', ')}"
+        axes.text(0, middle, label, fontsize=11, color=_INK, va="center", weight=weight)
         length = (_BARS[1] - _BARS[0]) * result.tokens_per_second(row) / fastest
         axes.barh(middle, length, left=_BARS[0], height=0.55 * _ROW, color=_color(row, result))
         for name, cell in zip(table.HEADER[1:], cells[1:], strict=True):

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fastconv.parity import paths
 from fastconv.tolerance import Comparison
 
 
@@ -55,6 +56,7 @@ class Verification:
         batches, the first, are timed
     notes: what isn't as one might expect
     versions: of what it was made with; date: when, in ISO 8601
+    padding_removed: whether the tokens alone are compared, and paths without padding are among the rows
     """
 
     model: str
@@ -73,6 +75,7 @@ class Verification:
     notes: Sequence[str]
     versions: Mapping[str, str | None]
     date: str
+    padding_removed: bool = False
 
     @property
     def ok(self) -> bool:
@@ -88,6 +91,10 @@ class Verification:
     def transformers(self) -> Row | None:
         """The row of transformers as it is; None if it did not run."""
         return next((row for row in self.rows[1:] if not row.ours), None)
+
+    def kept(self, row: Row) -> Row | None:
+        """The row of the same path with its padding; None for one that has it."""
+        return next((other for other in self.rows if other.path + paths.REMOVED == row.path), None)
 
     @property
     def tokens(self) -> int:
@@ -115,6 +122,7 @@ class Verification:
                 "tokens_per_second": self.tokens_per_second(row),
                 "vs_reference": row.speedup(self.reference),
                 "vs_transformers": None if self.transformers is None else row.speedup(self.transformers),
+                "vs_keep": None if (kept := self.kept(row)) is None else row.speedup(kept),
             }
             for row in self.rows
         ]

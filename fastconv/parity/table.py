@@ -65,13 +65,14 @@ def context(result: Verification) -> list[str]:
     versions = ", ".join(f"{name} {result.versions[name]}" for name in ("torch", "transformers", "triton"))
     threads = f", {result.threads} threads" if result.device == "cpu" else ""
     measured = "PyTorch's allocator" if result.device.startswith("cuda") else "PyTorch's profiler"
+    of_what = "of tokens, " if result.padding_removed else ""
     return [
         f"{result.device_name}{threads}; {result.ops}; {versions.replace('None', '-')}",
         f"speed: {_times(result.timed, 'batch', 'batches')} of {sequences} x {across} tokens, "
         f"{padding}; medians of {_times(len(result.rows[0].seconds), 'interleaved round', 'interleaved rounds')}, "
         "ratios too",
-        f"errors: against the reference in float64, over {_times(len(result.shapes), 'batch', 'batches')}; allowed: "
-        "twice the reference's own + one rounding",
+        f"errors: {of_what}against the reference in float64, over {_times(len(result.shapes), 'batch', 'batches')}; "
+        "allowed: twice the reference's own + one rounding",
         f"peak MB: tensors of the largest batch's forward without the weights, by {measured}",
     ]
 
@@ -93,6 +94,11 @@ def render(result: Verification) -> str:
     """The whole report."""
     lines = [title(result), *context(result), ""]
     lines += _aligned([HEADER, *cells(result)])
+    lines += [
+        f"{row.path}: {row.speedup(kept):.2f}x of {kept.path}"
+        for row in result.rows
+        if (kept := result.kept(row)) is not None
+    ]
     lines += [""] + [f"{row.path} replaced {replaced(row)}" for row in result.rows if row.replaced]
     lines += [f"note: {note}" for note in result.notes]
     return "\n".join([*lines, verdict(result)])
