@@ -405,6 +405,7 @@ def test_decoder_by_the_kernels_of_transformers(implementation):
     pytest.importorskip("triton", reason="runs the kernels, and the package triton is not installed")
     original, _ = theirs("BertLMHeadModel", "eager", add_cross_attention=True, num_hidden_layers=1)
     _, fast = theirs("BertLMHeadModel", implementation, add_cross_attention=True, num_hidden_layers=1)
+    original = original.to(fast.dtype)
     extra = encoded_for(original)
     fastconv.accelerate(fast, backend="triton")
     for mask in (None, "left"):
