@@ -204,12 +204,12 @@ _HALF_REGISTERS = _HALF | {
     ("dkv", 128): (Config(32, 64, 8, 1, 255), Config(32, 32, 4, 1, 255)),
 }
 _FP32 = {
-    ("fwd", 64): Config(32, 32, 4, 1, 255),
-    ("fwd", 128): Config(16, 16, 4, 1, 255),
-    ("dq", 64): Config(32, 16, 4, 1, 255),
-    ("dq", 128): Config(16, 16, 8, 1, 255),
-    ("dkv", 64): Config(16, 32, 4, 1, 255),
-    ("dkv", 128): Config(16, 16, 8, 1, 255),
+    ("fwd", 64): (Config(32, 32, 4, 1, 255), Config(32, 16, 4, 1, 255)),
+    ("fwd", 128): (Config(16, 16, 4, 1, 255), Config(16, 16, 4, 1, 255)),
+    ("dq", 64): (Config(32, 16, 4, 1, 255), Config(32, 16, 4, 1, 255)),
+    ("dq", 128): (Config(16, 16, 8, 1, 255), Config(16, 16, 8, 1, 255)),
+    ("dkv", 64): (Config(16, 32, 4, 1, 255), Config(16, 32, 4, 1, 255)),
+    ("dkv", 128): (Config(16, 16, 8, 1, 255), Config(16, 16, 8, 1, 255)),
 }
 
 # Fewer programs than a large card has multiprocessors (132 on an H200) leave some idle.
@@ -225,7 +225,7 @@ def pick_config(kernel: str, shape: tuple[int, int, int], itemsize: int, capabil
     heads, Sq, D = shape
     block_d = max(64, head_block(D))
     if itemsize > 2:
-        config = _FP32[kernel, block_d]
+        config = _FP32[kernel, block_d][busy]
     elif kernel == "fwd" and Sq <= 16:
         config = Config(16, 64 if block_d <= 128 else 32, 4, 2, 255)
     else:
