@@ -201,19 +201,18 @@ def accelerate(model: M, *, padding: str = "keep", backend: str = "auto") -> M:
         configs[name] = config if hasattr(config, "output_attentions") else configs.get(name.rpartition(".")[0])
         original = _original(module)
         known = _name(original) in forwards
-        if hasattr(module, "fastconv_padding"):
-            module.fastconv_padding = padding
         # A forward of the instance's own (an offloading hook's, say) comes before that of any class.
         if known and "forward" not in module.__dict__:
             module.__class__ = _swapped_class(original)
             module.fastconv_backend = backend
-            if hasattr(module, "fastconv_padding"):
-                module.fastconv_padding = padding
             if hasattr(module, "fastconv_config"):
                 module.fastconv_config = configs[name]
             replaced[original.__name__] += 1
         elif known or next(module.parameters(recurse=False), None) is not None:
             left[original.__name__] += 1
+        # One that had its padding removed may get it back.
+        if hasattr(module, "fastconv_padding"):
+            module.fastconv_padding = padding
     if not replaced:
         raise RuntimeError(
             f"accelerate found nothing to replace in {type(model).__name__}: expected layers of BERT, RoCBert or "

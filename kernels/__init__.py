@@ -21,3 +21,5 @@ much for a thread; a module that can't do better for an argument says why in
 """
 
 MAX_KERNEL_SIZE = 31  # of the convolutions: their taps are unrolled
+MAX_HEAD_SIZE = 256  # of attention
+MAX_FP32_HEAD_SIZE = 128  # where products need a register for each value of a row

@@ -9,14 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _launch
+from . import MAX_FP32_HEAD_SIZE, _launch
 from .grouped_linear import precision
-
-
-def max_head_size(itemsize: int) -> int:
-    """The largest head that the kernels take: products of fp32 need a register for each value of a row."""
-    return 256 if itemsize == 2 else 128
-
 
 LOG2E = tl.constexpr(1.4426950408889634)
 INT32_MAX = tl.constexpr(2**31 - 1)
@@ -354,7 +348,7 @@ def launch_cases(
     cases += [(D, S, 2, "dense", 0.0) for D in (64, 128)]
     cases += [(D, 1, H, "dense", 0.0) for D in (64, 256)]
     for D, Sq, heads, kind, dropout_p in cases:
-        if max_head_size(dtype.itemsize) < D:
+        if dtype.itemsize > 2 and D > MAX_FP32_HEAD_SIZE:
             continue
         rows = 1 if kinds[kind].packed else B
         seed = empty(dtype=torch.int64) if dropout_p else None

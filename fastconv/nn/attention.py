@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from fastconv.kernels import MAX_HEAD_SIZE
 from fastconv.nn._plain import bare, dropout_p, plain_dropout
 from fastconv.nn.packed_linear import linear, packed_linear
 from fastconv.ops import masked_attention
@@ -15,8 +16,6 @@ from fastconv.ops._eager import autocasting, use_kernels
 from fastconv.ops._sdpa import attention
 from fastconv.reference import Cache, Packing
 from fastconv.reference.ops import RelativePositions
-
-_MAX_HEAD_SIZE = 256  # of masked_attention
 
 # Keyword arguments that callers pass on and that no attention looks at, or only for its cache.
 _IGNORED = {
@@ -84,7 +83,7 @@ class FastForward:
         if (
             hidden_states.dim() != 3
             or hidden_states.shape[1] == 0
-            or self.attention_head_size > _MAX_HEAD_SIZE  # type: ignore[attr-defined]
+            or self.attention_head_size > MAX_HEAD_SIZE  # type: ignore[attr-defined]
             or function not in _PLAIN_ATTENTION
             or (function in _FLASH and causal)
             or not plain_dropout(self.dropout)  # type: ignore[attr-defined]
@@ -104,7 +103,7 @@ class FastForward:
         """Whether a call with a `Packing` as the mask, and nothing else, gets the fused forward."""
         function = self._attention_function(None)
         plain = function in _PLAIN_ATTENTION and plain_dropout(self.dropout)  # type: ignore[attr-defined]
-        small = self.attention_head_size <= _MAX_HEAD_SIZE  # type: ignore[attr-defined]
+        small = self.attention_head_size <= MAX_HEAD_SIZE  # type: ignore[attr-defined]
         return plain and small and not self._relative() and not self._observed()
 
     def _own(self) -> bool:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fastconv import dispatch
+from fastconv.kernels import MAX_FP32_HEAD_SIZE, MAX_HEAD_SIZE
 from fastconv.ops import _sdpa
 from fastconv.ops._eager import autocast, use_kernels
 from fastconv.ops._out import check_out, shares_memory
@@ -25,9 +26,6 @@ from fastconv.reference.ops.masked_attention import (
     check,
     combined_mask,
 )
-
-_MAX_HEAD_SIZE = 256
-_MAX_FP32_HEAD = 128  # of the kernels: fastconv.kernels._attention.max_head_size, without importing triton
 
 
 def masked_attention(
@@ -77,8 +75,8 @@ def masked_attention(
     al., arXiv 1706.03762, section 3.2.1; Dao, arXiv 2307.08691.
     """
     check(q, k, v, lengths, mask, causal, relative, head_mask, dropout_p, packing)
-    if q.shape[-1] > _MAX_HEAD_SIZE:
-        raise ValueError(f"a head must have at most {_MAX_HEAD_SIZE} channels, got D = {q.shape[-1]}")
+    if q.shape[-1] > MAX_HEAD_SIZE:
+        raise ValueError(f"a head must have at most {MAX_HEAD_SIZE} channels, got D = {q.shape[-1]}")
     check_seed(q, seed)
     relative = None if relative is None else RelativePositions(*relative)
     q, k, v = autocast(q), autocast(k), autocast(v)
@@ -89,7 +87,7 @@ def masked_attention(
         check_out(out, q, k, v, mask, head_mask, table)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     factor = _of_queries(head_mask, packed=packing is not None)
-    small = q.shape[-1] <= (_MAX_HEAD_SIZE if q.dtype.itemsize == 2 else _MAX_FP32_HEAD)
+    small = q.shape[-1] <= (MAX_HEAD_SIZE if q.dtype.itemsize == 2 else MAX_FP32_HEAD_SIZE)
     by_kernels = small and use_kernels(q, k, v, mask, table)
     if relative is not None and packing is not None:
         y = _each_sequence(q, k, v, causal, relative, dropout_p, seed, scale, *both_packings(packing))
