@@ -10,6 +10,7 @@ import masked_attention_cases
 import masked_lm_loss_cases
 import separable_conv_cases
 import span_dynamic_conv_cases
+import span_kernel_logits_cases
 import torch
 from case import BenchCase
 
@@ -17,6 +18,7 @@ _MODULES = (
     layer_norm_cases,
     dense_cases,
     separable_conv_cases,
+    span_kernel_logits_cases,
     span_dynamic_conv_cases,
     conv_branch_cases,
     masked_attention_cases,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from case import BenchCase, Op, Tensors
 
-from fastconv.ops import linear_act, separable_conv, span_dynamic_conv
+from fastconv.ops import span_dynamic_conv, span_kernel_logits
 from fastconv.reference.ops import separable_conv as reference_separable_conv
 from fastconv.reference.ops import span_dynamic_conv as reference_span_dynamic_conv
 
@@ -72,8 +72,9 @@ class ConvBranchCase(BenchCase):
         }
 
     def op(self, **t: torch.Tensor) -> torch.Tensor:
-        span = separable_conv(t["hidden"], t["depthwise"], t["pointwise"], t["bias"], gate=t["query"])
-        return span_dynamic_conv(t["value"], linear_act(span, t["weight"], t["kernel_bias"], None), self.taps)
+        separable = t["depthwise"], t["pointwise"], t["bias"]
+        logits = span_kernel_logits(t["hidden"], *separable, t["query"], t["weight"], t["kernel_bias"])
+        return span_dynamic_conv(t["value"], logits, self.taps)
 
     def reference(self, **t: torch.Tensor) -> torch.Tensor:
         span = reference_separable_conv(t["hidden"], t["depthwise"], t["pointwise"], t["bias"], gate=t["query"])

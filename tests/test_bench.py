@@ -63,6 +63,13 @@ def test_bench_span_dynamic_conv_counts(bench, direction, bytes_, flops):
     assert case.bytes() == bytes_ and case.flops() == flops
 
 
+def test_bench_span_kernel_logits_counts(bench):
+    # By hand for 10 tokens of 8 channels, 4 in between, to 2 heads' 3 taps in bf16: 160 + 80 + 120 bytes and weights.
+    case = bench("span_kernel_logits_cases").SpanKernelLogitsCase(2, 5, 8, 2, torch.bfloat16, taps=3)
+    assert case.bytes() == 160 + 80 + 120 + 2 * (8 * 3 + 4 * 8 + 4 + 6 * 4 + 6)
+    assert case.flops() == 10 * (8 * 3 * 2 + 8 * 4 * 2 + 4 * 2 + 4 * 6 * 2 + 6)
+
+
 @pytest.mark.parametrize("direction", ["infer", "fwd", "bwd", "step"])
 def test_bench_rivals_compute_the_same(bench, direction, monkeypatch):
     # Without dropout, what is timed computes the same thing.

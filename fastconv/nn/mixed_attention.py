@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from fastconv.kernels import MAX_KERNEL_SIZE
-from fastconv.nn._plain import bare, original_class
+from fastconv.nn._plain import bare, original_class, plain_linear
 from fastconv.nn.attention import Call, FastForward, attend
-from fastconv.nn.packed_linear import linear, packed_linear
+from fastconv.nn.packed_linear import packed_linear
 from fastconv.nn.separable_conv import plain_layers
-from fastconv.ops import separable_conv, span_dynamic_conv
+from fastconv.ops import separable_conv, span_dynamic_conv, span_kernel_logits
 from fastconv.ops._eager import autocast, use_kernels
 from fastconv.ops._register import needs_grad
 from fastconv.reference import Packing
@@ -26,7 +26,6 @@ class MixedAttention(FastForward):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
         """(B, S, C) -> ((B, S, C), None); other calls go to the original, those for probabilities among them."""
-        conv = self.key_conv_attn_layer  # type: ignore[attr-defined]
         call = self.call(hidden_states, args, kwargs) if self._plain_convolutions() else None
         if call is None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
@@ -36,17 +35,16 @@ class MixedAttention(FastForward):
         else:
             q, conv_out = packed_linear(hidden_states, (of_both[0], of_both[-1]))
             k, v = packed_linear(call.states, of_encoder)
-        packing = call.packing
-        span = separable_conv(
-            _rows(hidden_states, packing),
-            conv.depthwise.weight,
-            conv.pointwise.weight,
-            conv.bias,
-            gate=_rows(q, packing),
-            packing=packing,
-        )
-        logits = linear(span, self.conv_kernel_layer)  # type: ignore[attr-defined]
-        return self._side_by_side(q, k, v, conv_out, logits, call), None
+        return self._side_by_side(q, k, v, conv_out, self._kernel_logits(hidden_states, q, call.packing), call), None
+
+    def _kernel_logits(self, hidden_states: torch.Tensor, q: torch.Tensor, packing: Packing | None) -> torch.Tensor:
+        """The logits of every token's kernels: (B, S, C), (B, S, C/2) -> (B, S, H*K), of a packed batch (T, H*K)."""
+        conv, layer = self.key_conv_attn_layer, self.conv_kernel_layer  # type: ignore[attr-defined]
+        x, gate = _rows(hidden_states, packing), _rows(q, packing)
+        weights = conv.depthwise.weight, conv.pointwise.weight, conv.bias
+        if plain_linear(layer):
+            return span_kernel_logits(x, *weights, gate, layer.weight, layer.bias, packing=packing)
+        return layer(separable_conv(x, *weights, gate=gate, packing=packing))
 
     def takes_packing(self) -> bool:
         """Whether a call with a `Packing` as the mask, and nothing else, gets the fused forward."""

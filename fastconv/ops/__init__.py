@@ -8,6 +8,7 @@ from fastconv.ops.masked_attention import RelativePositions, masked_attention
 from fastconv.ops.masked_lm_loss import masked_lm_loss
 from fastconv.ops.separable_conv import separable_conv
 from fastconv.ops.span_dynamic_conv import span_dynamic_conv
+from fastconv.ops.span_kernel_logits import span_kernel_logits
 
 __all__ = [
     "RelativePositions",
@@ -19,4 +20,5 @@ __all__ = [
     "masked_lm_loss",
     "separable_conv",
     "span_dynamic_conv",
+    "span_kernel_logits",
 ]

@@ -60,7 +60,7 @@ def separable_conv(
         gate = x.view_as(x)
     if needs_grad(x, depthwise, pointwise, bias, gate):
         return _SeparableConv.apply(x, depthwise, pointwise, bias, gate, before, after)
-    y = F.linear(_depthwise_op(x, depthwise, before, after, False), pointwise.squeeze(-1), bias.squeeze(-1))
+    y = F.linear(depthwise_op(x, depthwise, before, after, False), pointwise.squeeze(-1), bias.squeeze(-1))
     return y if gate is None else y * gate
 
 
@@ -99,7 +99,7 @@ def _bwd_gate_fake(dy, gate, product):
     return product.new_empty(product.shape), gate.new_empty(gate.shape), product.new_empty(product.shape[-1], 1)
 
 
-_depthwise_op = register(
+depthwise_op = register(
     "separable_conv_depthwise(Tensor x, Tensor depthwise, Tensor? before, Tensor? after, bool flip) -> Tensor",
     _depthwise_impl,
     _depthwise_fake,
@@ -119,7 +119,7 @@ _backward_gate = register(
 class _SeparableConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, depthwise, pointwise, bias, gate, before, after):
-        spread = _depthwise_op(x, depthwise, before, after, False)
+        spread = depthwise_op(x, depthwise, before, after, False)
         product = F.linear(spread, pointwise.squeeze(-1), bias.squeeze(-1))
         saved = None if gate is None else product
         ctx.save_for_backward(x, depthwise, pointwise, gate, spread, saved, before, after)
@@ -141,7 +141,7 @@ class _SeparableConv(torch.autograd.Function):
             dpointwise = (rows.t() @ spread.flatten(0, -2)).unsqueeze(-1)
         if need_x or need_depthwise:
             dspread = (rows @ pointwise.squeeze(-1)).view(x.shape)
-            dx = _depthwise_op(dspread, depthwise, before, after, True) if need_x else None
+            dx = depthwise_op(dspread, depthwise, before, after, True) if need_x else None
             if need_depthwise:
                 ddepthwise = _backward_depthwise(dspread, x, depthwise.shape[-1], before, after)
         return dx, ddepthwise, dpointwise, dbias, dgate, None, None

@@ -9,6 +9,7 @@ from .masked_attention import RelativePositions, attention_probabilities, masked
 from .masked_lm_loss import masked_lm_loss
 from .separable_conv import separable_conv
 from .span_dynamic_conv import span_dynamic_conv
+from .span_kernel_logits import span_kernel_logits
 
 __all__ = [
     "ACTIVATIONS",
@@ -24,4 +25,5 @@ __all__ = [
     "relative_scores",
     "separable_conv",
     "span_dynamic_conv",
+    "span_kernel_logits",
 ]
