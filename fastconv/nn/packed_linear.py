@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fastconv.nn._plain import plain_linear
 from fastconv.ops import linear_act
-from fastconv.ops._eager import plain, unobserved
+from fastconv.ops._eager import autocasting, plain, unobserved, use_kernels
+from fastconv.ops._register import needs_grad, once_differentiable
 
 # First of the layers -> weight and bias of all, in whose memory the layers' parameters lie. Not an attribute of a
 # module: a copy or a pickle of one has memory of its own.
@@ -30,11 +32,11 @@ def packed_linear(x: torch.Tensor, layers: Sequence[Any]) -> list[torch.Tensor]:
 
     x: (..., I); each result (..., O_i), a slice of one tensor where there was one product
 
-    For inference the layers' parameters become neighbours in memory, so that the packed weight is that memory and can't
-    be stale: whatever writes to a parameter writes to it. The Parameter objects stay the same, and each has a storage
-    of its own size. Parameters whose memory something else uses too are left where they are. With a gradient the
-    parameters are concatenated, and autograd splits it. A CUDA graph captured before the first call for inference reads
-    memory that the parameters have left: make that call first, as a warm-up.
+    For inference, and by kernels for training, the layers' parameters become neighbours in memory, so that the packed
+    weight is that memory and can't be stale: whatever writes to a parameter writes to it. The Parameter objects stay
+    the same, and each has a storage of its own size. Parameters whose memory something else uses too are left where
+    they are. Those are concatenated for training, as all are without kernels, and autograd splits it. A CUDA graph
+    captured before the first call reads memory that the parameters have left: make that call first, as a warm-up.
     """
     if not all(plain_linear(layer) for layer in layers) or len({layer.bias is None for layer in layers}) != 1:
         return [linear(x, layer) for layer in layers]
@@ -44,18 +46,54 @@ def packed_linear(x: torch.Tensor, layers: Sequence[Any]) -> list[torch.Tensor]:
     parameters = [p for kind in kinds for p in kind]
     if not all(plain(p) for p in parameters):
         return [linear(x, layer) for layer in layers]
-    if not unobserved():
-        packed = [torch.cat(kind) for kind in kinds]
-    elif torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
-        if not _hold(_packs.get(layers[0], []), kinds):
-            _forget(layers[0])  # memory that .to(), say, left behind
-        packed = [torch.cat(kind) for kind in kinds]
-    else:
+    sizes = [layer.out_features for layer in layers]
+    training = needs_grad(*parameters)
+    packed: list[torch.Tensor] = []
+    if unobserved() and (not training or _by_function(x, parameters)):
         packed = _packed(layers[0], kinds)
-        if not packed:
+        if packed and training:
+            return list(_PackedLinear.apply(x, packed, sizes, *parameters))
+        if not packed and not training:
             return [linear(x, layer) for layer in layers]
+    elif unobserved() and not _hold(_packs.get(layers[0], []), kinds):
+        _forget(layers[0])  # memory that .to(), say, left behind
+    packed = packed or [torch.cat(kind) for kind in kinds]
     y = linear_act(x, packed[0], packed[1] if len(packed) > 1 else None, None)
-    return list(y.split([layer.out_features for layer in layers], -1))
+    return list(y.split(sizes, -1))
+
+
+def _by_function(x: torch.Tensor, parameters: list[torch.Tensor]) -> bool:
+    """Whether a product that needs a gradient may be _PackedLinear's, which autocast and second derivatives don't know.
+
+    Attention by kernels, which follows it, has no second derivative either.
+    """
+    return use_kernels(x, *parameters) and not autocasting(x) and x.dtype == parameters[0].dtype
+
+
+class _PackedLinear(torch.autograd.Function):
+    """The product with the packed memory of parameters, which get the gradients."""
+
+    @staticmethod
+    def forward(ctx, x, packed, sizes, *parameters):
+        # The parameters so that a write to them before the backward, which changes the packed memory, is an error.
+        ctx.save_for_backward(x, *parameters)
+        ctx.packed, ctx.sizes = packed, sizes
+        return F.linear(x, *packed).split(sizes, -1)
+
+    @staticmethod
+    @once_differentiable("linear_act")
+    def backward(ctx, *dys):
+        x, *_ = ctx.saved_tensors
+        needs_x, _, _, *needed = ctx.needs_input_grad
+        dy = torch.cat(dys, -1)
+        rows, number = dy.flatten(0, -2), len(dys)
+        found: list[torch.Tensor | None] = [None] * len(needed)
+        if any(needed[:number]):
+            found[:number] = (rows.t() @ x.flatten(0, -2)).split(ctx.sizes)
+        if any(needed[number:]):
+            found[number:] = rows.sum(0).split(ctx.sizes)
+        found = [d if needs else None for d, needs in zip(found, needed, strict=True)]
+        return dy @ ctx.packed[0] if needs_x else None, None, None, *found
 
 
 def _packed(owner: nn.Module, kinds: list[list[torch.Tensor]]) -> list[torch.Tensor]:
