@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ class Packing:
     indices: (T,), int64, where the tokens stand in a padded batch, flat, and
     padded_shape: that batch's (B, S): both or None.
 
+    `lengths`, `tokens` and `longest` are ints: of each sequence, of all, and of the longest.
     `before` and `after`, (T,) int32, say how many tokens of its sequence stand before and after each token; `first` and
     `last`, (T,) int32, which token its sequence begins with, and one past the last.
 
@@ -32,45 +32,95 @@ class Packing:
         _check_dtype("cu_seqlens", cu_seqlens, torch.int32, torch.int64)
         if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
             raise ValueError(f"cu_seqlens must have shape (N + 1,), got {tuple(cu_seqlens.shape)}")
-        ends = cu_seqlens.tolist()  # the one look at the device
+        ends = cu_seqlens.cpu().tolist()  # the one look at the device
         backwards = next((i for i in range(1, len(ends)) if ends[i] < ends[i - 1]), None)
         if ends[0] != 0 or backwards is not None:
             where = f"{ends[backwards - 1]} before {ends[backwards]}" if backwards else f"{ends[0]} first"
             raise ValueError(f"cu_seqlens must begin with 0 and never fall, got {where}")
         _check_places(indices, padded_shape, ends[-1], cu_seqlens.device)
+        self._fill(cu_seqlens, torch.tensor(ends, device="cpu"), indices, padded_shape)
+
+    def _fill(
+        self, cu_seqlens: Tensor, ends: Tensor, indices: Tensor | None, padded_shape: tuple[int, int] | None
+    ) -> None:
+        """Everything that follows from `ends`, cu_seqlens on the host, sent to the device without waiting for it."""
         self.cu_seqlens = cu_seqlens
         self.indices = indices
         self.padded_shape = padded_shape
-        self.lengths = [end - start for start, end in pairwise(ends)]
-        self.tokens: int = ends[-1]
-        lengths = cu_seqlens.diff().long()
-        # output_size: or repeat_interleave would wait for the device.
-        start = cu_seqlens[:-1].long().repeat_interleave(lengths, output_size=self.tokens)
-        end = cu_seqlens[1:].long().repeat_interleave(lengths, output_size=self.tokens)
-        token = torch.arange(self.tokens, device=cu_seqlens.device)
-        self.before = (token - start).int()
-        self.after = (end - 1 - token).int()
-        self.first, self.last = start.int(), end.int()
+        lengths = ends.diff()
+        self.lengths: list[int] = lengths.tolist()
+        self.tokens: int = int(ends[-1])
+        self.longest = max(self.lengths, default=0)
+        first, last = (part.repeat_interleave(lengths) for part in (ends[:-1], ends[1:]))
+        token = torch.arange(self.tokens, device="cpu")
+        places = (token - first, last - 1 - token, first, last)
+        self.before, self.after, self.first, self.last = (send(place.int(), cu_seqlens.device) for place in places)
 
     @classmethod
-    def from_lengths(cls, lengths: Sequence[int] | Tensor, *, device: torch.device | str | None = None) -> Packing:
+    def _made(
+        cls,
+        lengths: Tensor,
+        device: torch.device,
+        starts: Tensor | None = None,
+        padded_shape: tuple[int, int] | None = None,
+    ) -> Packing:
+        """The packing of lengths (N,), which in rows of a padded batch begin at starts (N,): int64, on the host."""
+        ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        indices = None
+        if starts is not None and padded_shape is not None:
+            # A token's place in the padded batch is that in the packed one, and by so much further on as its row is.
+            further = torch.arange(len(lengths), device="cpu") * padded_shape[1] + starts - ends[:-1]
+            indices = torch.arange(int(ends[-1]), device="cpu") + further.repeat_interleave(lengths)
+            indices = send(indices, device)
+        packing = cls.__new__(cls)
+        packing._fill(send(ends, device), ends, indices, padded_shape)
+        return packing
+
+    @classmethod
+    def from_lengths(
+        cls,
+        lengths: Sequence[int] | Tensor,
+        *,
+        padded_shape: tuple[int, int] | None = None,
+        side: str = "right",
+        device: torch.device | str | None = None,
+    ) -> Packing:
         """The packing of sequences of these lengths, (N,) ints of at least 0, one after the other.
 
+        padded_shape: the (B, S) of a padded batch with these sequences in its rows, for `pack`, `unpack` and, in the
+            place of an attention_mask, models without padding
+        side: where the padding of that batch stands, "right" or "left"
+        device: of the packing's tensors; None: that of the lengths, or the CPU
+
+        Lengths on the host go to the device without waiting for it; those on a device are looked at once.
+
         Raises:
-            TypeError: lengths that are no integers. ValueError: another shape, or a negative length.
+            TypeError: lengths that are no integers.
+            ValueError: another shape, or a negative length; lengths that disagree with padded_shape; another side.
         """
-        given = torch.as_tensor(lengths)
+        given = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths, device="cpu")
         if given.numel() and (given.is_floating_point() or given.dtype == torch.bool or given.is_complex()):
             raise TypeError(f"lengths must be integers, got {given.dtype}")
+        device = given.device if device is None else torch.device(device)
+        given = given.long().cpu()  # the one look at the device
         if given.dim() != 1 or (given.numel() and int(given.min()) < 0):
             raise ValueError(f"lengths must be (N,) integers of at least 0, got {given.tolist()}")
-        cu_seqlens = torch.zeros(given.numel() + 1, dtype=torch.int64)
-        torch.cumsum(given.cpu().long(), 0, out=cu_seqlens[1:])
-        return cls(cu_seqlens.to(given.device if device is None else device))
+        if side not in ("right", "left"):
+            raise ValueError(f'side must be "right" or "left", got {side!r}')
+        if padded_shape is None:
+            if side != "right":
+                raise ValueError(f"side {side!r} needs padded_shape, got None")
+            return cls._made(given, device)
+        B, S = padded_shape
+        if len(given) != B or (B and int(given.max()) > S):
+            raise ValueError(f"lengths must be B of at most S for padded_shape (B, S) = {(B, S)}, got {given.tolist()}")
+        return cls._made(given, device, torch.zeros_like(given) if side == "right" else S - given, (B, S))
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> Packing:
         """The packing of a padded batch: mask (B, S), 1 for tokens, 0 for padding, which may stand on either side.
+
+        A mask on a device is copied to the host, which is the one wait for the device.
 
         Raises:
             TypeError: a mask that is no tensor.
@@ -80,30 +130,35 @@ class Packing:
             raise TypeError(f"mask must be a torch.Tensor, got {type(mask).__name__}")
         if mask.dim() != 2:
             raise ValueError(f"mask must have shape (B, S), got {tuple(mask.shape)}")
-        tokens = mask != 0
-        if not bool(((mask == 0) | (mask == 1)).all()):
+        given = mask.cpu()
+        tokens = given != 0
+        if given.dtype != torch.bool and not bool(((given == 1) | ~tokens).all()):
             raise ValueError("mask must have values 1 and 0 only, got others")
-        starts = tokens & ~torch.nn.functional.pad(tokens, (1, 0))[:, :-1]
-        if bool((starts.sum(1) > 1).any()):
-            rows = (starts.sum(1) > 1).nonzero().flatten().tolist()
+        begins = tokens & ~torch.nn.functional.pad(tokens, (1, 0))[:, :-1]
+        torn = begins.sum(1) > 1
+        if bool(torn.any()):
+            rows = torn.nonzero().flatten().tolist()
             raise ValueError(f"the tokens of a row must stand together, got padding between them in rows {rows}")
-        cu_seqlens = torch.nn.functional.pad(tokens.sum(1).cumsum(0), (1, 0))
-        indices = tokens.flatten().nonzero().flatten()
-        return cls(cu_seqlens, indices=indices, padded_shape=(mask.shape[0], mask.shape[1]))
+        B, S = mask.shape
+        # Without places there is none to begin at.
+        starts = begins.int().argmax(1) if S else tokens.sum(1)
+        return cls._made(tokens.sum(1), mask.device, starts, (B, S))
 
     def pack(self, x: Tensor) -> Tensor:
-        """(B, S, ...) -> (T, ...), for a packing made from a mask.
+        """(B, S, ...) -> (T, ...), for a packing with a padded_shape.
 
         Raises:
-            ValueError: a packing that was made otherwise; another shape.
+            ValueError: a packing that was made otherwise; another shape or device.
         """
         B, S = self._padded()
         if tuple(x.shape[:2]) != (B, S):
             raise ValueError(f"x must have shape (B, S, ...) = {(B, S, '...')}, got {tuple(x.shape)}")
+        if x.device != self.cu_seqlens.device:
+            raise ValueError(f"packing is on {self.cu_seqlens.device} but x is on {x.device}; make it there")
         return x.flatten(0, 1).index_select(0, self.indices)  # type: ignore[arg-type]
 
     def unpack(self, x: Tensor) -> Tensor:
-        """(T, ...) -> (B, S, ...), zeros where padding is, for a packing made from a mask.
+        """(T, ...) -> (B, S, ...), zeros where padding is, for a packing with a padded_shape.
 
         Raises:
             ValueError: a packing that was made otherwise; another shape.
@@ -120,8 +175,17 @@ class Packing:
 
     def _padded(self) -> tuple[int, int]:
         if self.padded_shape is None:
-            raise ValueError("this packing has no padded batch: make it with Packing.from_mask")
+            raise ValueError(
+                "this packing has no padded batch: make it with Packing.from_mask, or from_lengths with padded_shape"
+            )
         return self.padded_shape
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor, of the host, on a device, which isn't waited for."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def _check_dtype(name: str, tensor: Tensor, *dtypes: torch.dtype) -> None:

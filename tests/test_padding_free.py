@@ -13,6 +13,7 @@ import pytest
 import torch
 from model_cases import NAMES, family_of, hypothesis, st
 from model_runs import assert_equal, largest
+from padded_batches import MASKS, S, draw, ids_of, labels_of, mask_of
 from swap_models import FAMILIES, VOCABULARY, build, is_4, takes
 from tolerance import assert_2x
 
@@ -23,14 +24,6 @@ from fastconv.nn import padding_free
 SOURCES = ("reference", "fastconv", "transformers")
 MODELS = [(source, family) for source in SOURCES for family in FAMILIES]
 PLAIN = [model for model in MODELS if model[0] != "fastconv"]
-S = 7
-# The tokens of each row; all together are more than a model has positions.
-MASKS = {
-    "right": ([0, 7], [0, 3], [0, 1], [0, 6]),
-    "left": ([0, 7], [4, 7], [6, 7], [1, 7]),
-    "ragged": ([2, 5], [0, 7], [3, 4], [1, 7]),
-    "empty row": ([0, 4], [0, 0], [0, 7], [1, 7]),
-}
 
 Tensors = dict[str, torch.Tensor]
 
@@ -56,26 +49,6 @@ def pair(source: str, name: str, **arguments) -> tuple[torch.nn.Module, torch.nn
     if source == "fastconv":
         fastconv.accelerate(model, backend="native")
     return model, removing(model)
-
-
-def mask_of(kind: str) -> torch.Tensor:
-    """(4, S), bool."""
-    place = torch.arange(S)
-    return torch.stack([(place >= first) & (place < last) for first, last in MASKS[kind]])
-
-
-def draw(*shape: int, high: int = VOCABULARY, seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def ids_of(family: str, *shape: int, seed: int = 0) -> Tensors:
-    """Every kind of ids that a family has but those of positions."""
-    streams = ("input_ids", "token_type_ids")
-    streams += ("input_shape_ids", "input_pronunciation_ids") if family == "RoCBert" else ()
-    return {
-        name: draw(*shape, high=2 if name == "token_type_ids" else VOCABULARY, seed=seed + number)
-        for number, name in enumerate(streams)
-    }
 
 
 def promised(family: str, model: torch.nn.Module, inputs: Tensors, keep: torch.Tensor, **options) -> Tensors:
@@ -223,9 +196,8 @@ def test_other_sequences_change_nothing(source, family):
     assert_equal({"": permuted[0]}, {"": expected[order]})
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_random_lengths(family):
-    model, fast = pair("reference", family + "Model")
+def over_random_masks(check) -> None:
+    """Call check(keep, random) with masks (B, S) of up to six rows, whose tokens stand anywhere, on either side."""
 
     @hypothesis.settings(max_examples=25, derandomize=True, deadline=None, database=None)
     @hypothesis.given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=6), st.randoms())
@@ -233,16 +205,52 @@ def test_random_lengths(family):
         place = torch.arange(max(1, *(first + length for first, length in rows)))[:16]
         keep = torch.stack([(place >= first) & (place < first + length) for first, length in rows])
         hypothesis.assume(keep.any())
+        check(keep, random)
+
+    walk()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_random_lengths(family):
+    """Each sequence has what it has alone, at its place of the batch, and takes it along to another row.
+
+    Up to rounding: a product's blocks take a row that stands elsewhere in another order.
+    """
+    model, fast = pair("reference", family + "Model")
+
+    def walk(keep, random):
         inputs = ids_of(family, *keep.shape)
         check(family, model, fast, inputs, keep)
-        order = list(range(len(rows)))
+        order = list(range(len(keep)))
         random.shuffle(order)
         with torch.no_grad():
             expected = fast(**inputs, attention_mask=keep).last_hidden_state
+            if family != "ConvBert":  # whose sequences have no other positions than alone
+                inputs["position_ids"] = torch.arange(keep.shape[1]).expand(keep.shape)
+            alone = promised("ConvBert", model, inputs, keep)["last"]
             permuted = fast(**{name: ids[order] for name, ids in inputs.items()}, attention_mask=keep[order])
+        assert_equal({"": expected}, {"": alone})
         assert_equal({"": permuted.last_hidden_state}, {"": expected[order]})
 
-    walk()
+    over_random_masks(walk)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_random_padding_changes_no_bit(family):
+    """Neither of an output nor of a gradient; ids that no table has are as good as others."""
+    fast = pair("reference", family + "Model")[1].float().train()
+
+    def walk(keep, random):
+        inputs, found = ids_of(family, *keep.shape), []
+        for high in (1, VOCABULARY, 10**6):
+            others = draw(*keep.shape, high=high, seed=random.randrange(99))
+            given = {name: torch.where(keep, ids, others) for name, ids in inputs.items()}
+            output = found_in(fast(**given, attention_mask=keep, output_hidden_states=True))
+            found.append(output | gradients(fast, output, keep))
+        for actual in found[1:]:
+            assert_same_bits(actual, found[0])
+
+    over_random_masks(walk)
 
 
 def gradients(model: torch.nn.Module, found: Tensors, keep: torch.Tensor, *others: torch.Tensor) -> Tensors:
@@ -396,23 +404,6 @@ def test_heads(source, name):
         values = fast(**given, **labels, **hidden, return_dict=False)
         assert len(values) == len(actual) and len(values[-1]) == 3
         assert all(torch.equal(a, b) for a, b in zip(values[-1], actual["hidden_states"], strict=True))
-
-
-def labels_of(name: str, head: str, keep: torch.Tensor) -> tuple[Tensors, bool]:
-    """Labels for a head, ignored at padding, and whether the logits are the tokens'."""
-    tokens = draw(4, S, high=2, seed=5).masked_fill(~keep, -100)
-    if name == "BertForPreTraining":
-        return {"labels": tokens, "next_sentence_label": draw(4, high=2)}, True
-    if name == "RoCBertForPreTraining":
-        texts = {f"{text}_{key}": ids for text in ("labels", "attack") for key, ids in ids_of("RoCBert", 4, S).items()}
-        return texts | {"labels_input_ids": tokens} | {
-            f"{text}_attention_mask": keep.long() for text in ("labels", "attack")
-        }, True
-    if head in ("ForMaskedLM", "LMHeadModel", "ForCausalLM", "ForTokenClassification"):
-        return {"labels": tokens}, True
-    if head == "ForQuestionAnswering":
-        return {"start_positions": torch.tensor([0, 1, 0, 2]), "end_positions": torch.tensor([6, 2, 0, 3])}, True
-    return {"labels": draw(2 if head == "ForMultipleChoice" else 4, high=2, seed=5)}, False
 
 
 @pytest.fixture
