@@ -96,3 +96,11 @@ def assert_equal(actual: Tensors, expected: Tensors, floor: float = 0.0) -> None
 def largest(tensors: Tensors) -> float:
     """The largest magnitude: the scale of gradients. Many are sums that nearly cancel, whose own size says nothing."""
     return max(tensor.nan_to_num().abs().max().item() for tensor in tensors.values())
+
+
+def together(tensors: Tensors, truth: Tensors, floor: float) -> torch.Tensor:
+    """All values in units of the largest of their tensor in `truth`, or of `floor`; but for tensors that hold NaN."""
+    scales = {
+        name: max(largest({name: value}), floor) or 1.0 for name, value in truth.items() if not value.isnan().any()
+    }
+    return torch.cat([torch.zeros(0), *(tensors[name].flatten() / scale for name, scale in scales.items())])

@@ -9,7 +9,7 @@ import pytest
 import swap_models
 import torch
 from model_cases import NAMES, Case
-from model_runs import Tensors, assert_equal, largest, run, walk
+from model_runs import assert_equal, largest, run, together, walk
 from tolerance import assert_2x
 
 import fastconv
@@ -137,11 +137,3 @@ def test_accelerated_equals_the_reference(family):
 def single(value):
     """fp64 tensors as fp32."""
     return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-
-
-def together(tensors: Tensors, truth: Tensors, floor: float) -> torch.Tensor:
-    """All values in units of the largest of their tensor in `truth`, or of `floor`; but for tensors that hold NaN."""
-    scales = {
-        name: max(largest({name: value}), floor) or 1.0 for name, value in truth.items() if not value.isnan().any()
-    }
-    return torch.cat([torch.zeros(0), *(tensors[name].flatten() / scale for name, scale in scales.items())])
