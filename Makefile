@@ -11,7 +11,7 @@ MINILM := $(BIN)/python -c 'import importlib.util as u; print(u.find_spec("gt_al
 
 .venv/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv
-	$(PIP) install --constraint $(CONSTRAINTS) --editable ".[test,demo,plot,h5,transformers]" ruff mypy
+	$(PIP) install --constraint $(CONSTRAINTS) --editable ".[test,demo,plot,h5,transformers,peft]" ruff mypy
 	@touch $@
 
 # The main job, twice: a real BERT out of a package, and ConvBERT's base shape with random weights.
@@ -31,12 +31,12 @@ test: .venv/installed
 	@touch $@
 
 test-transformers-4: .venv-transformers-4/installed
-	$(<D)/bin/pytest -n $(WORKERS) tests/test_transformers_equality.py tests/test_roc_bert_transformers.py tests/test_every_*.py tests/test_resize.py tests/test_decoder.py tests/test_generation_transformers.py tests/test_tasks_transformers.py tests/test_swap*.py tests/test_attention_accelerated.py tests/test_embeddings_accelerated.py tests/test_padding_free.py tests/test_register_attention.py tests/test_checkpoints*.py tests/test_tokenization*.py
+	$(<D)/bin/pytest -n $(WORKERS) tests/test_transformers_equality.py tests/test_roc_bert_transformers.py tests/test_every_*.py tests/test_resize.py tests/test_decoder.py tests/test_generation_transformers.py tests/test_tasks_transformers.py tests/test_swap*.py tests/test_attention_accelerated.py tests/test_embeddings_accelerated.py tests/test_padding_free.py tests/test_graphs.py tests/test_loss_only.py tests/test_register_attention.py tests/test_checkpoints*.py tests/test_tokenization*.py
 
 # The ops and their kernels know nothing of it.
 test-without-transformers: .venv/installed
 	$(BIN)/pytest -n $(WORKERS) --without transformers \
-	    $(foreach op,layer_norm linear_act grouped_linear separable_conv span_dynamic_conv embedding_norm masked_lm_loss,--ignore tests/test_$(op).py) \
+	    $(foreach op,layer_norm linear_act grouped_linear separable_conv span_dynamic_conv span_kernel_logits embedding_norm masked_lm_loss,--ignore tests/test_$(op).py) \
 	    $(foreach file,$(wildcard tests/test_masked_attention*.py),--ignore $(file))
 
 # The original TF1 checkpoint, which only TensorFlow reads.
@@ -54,7 +54,7 @@ test-tensorflow: .venv-tensorflow/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/wheel build/typed
+	rm -rf build
 	$(PIP) wheel --no-deps --wheel-dir build/wheel .
 	$(PIP) install --no-deps --target build/typed build/wheel/*.whl
 	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml --python-executable ../../$(BIN)/python -p fastconv

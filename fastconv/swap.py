@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import inspect
 import logging
 from collections import Counter
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from fastconv import dispatch
+from fastconv.graphs import Graphs
 from fastconv.nn._plain import original_class
 from fastconv.nn.attention import CrossAttention, SelfAttention
 from fastconv.nn.embeddings import (
@@ -28,6 +30,14 @@ from fastconv.nn.embeddings import (
 from fastconv.nn.feed_forward import Intermediate, PredictionTransform, ResidualOutput
 from fastconv.nn.grouped_linear import GroupedLinear
 from fastconv.nn.layer_norm import LayerNorm
+from fastconv.nn.lm_head import (
+    CausalLossOnly,
+    LossOnly,
+    TransformersCausalLossOnly,
+    TransformersLossOnly,
+    TransformersPreTraining,
+    TransformersRoCBertPreTraining,
+)
 from fastconv.nn.mixed_attention import MixedAttention
 from fastconv.nn.packed_linear import unpack
 from fastconv.nn.padding_free import PackedEncoder, PaddingFree, PaddingFreeAlone, SummaryAlone
@@ -54,6 +64,20 @@ _FORWARDS: dict[str, type] = {
     "fastconv.reference.layers.ResidualOutput": ResidualOutput,
     "fastconv.reference.layers.SeparableConv1D": SeparableConv1D,
     "fastconv.reference.roc_bert.RoCBertEmbeddings": RoCBertEmbeddings,
+    "fastconv.reference.bert_heads.BertForMaskedLM": LossOnly,
+    "fastconv.reference.bert_heads.BertForPreTraining": LossOnly,
+    "fastconv.reference.bert_heads.BertLMHeadModel": CausalLossOnly,
+    "fastconv.reference.convbert.ConvBertForMaskedLM": LossOnly,
+    "fastconv.reference.roc_bert_heads.RoCBertForCausalLM": CausalLossOnly,
+    "fastconv.reference.roc_bert_heads.RoCBertForMaskedLM": LossOnly,
+    "fastconv.reference.roc_bert_heads.RoCBertForPreTraining": LossOnly,
+    "fastconv.models.BertForMaskedLM": LossOnly,
+    "fastconv.models.BertForPreTraining": LossOnly,
+    "fastconv.models.BertLMHeadModel": CausalLossOnly,
+    "fastconv.models.ConvBertForMaskedLM": LossOnly,
+    "fastconv.models.RoCBertForCausalLM": CausalLossOnly,
+    "fastconv.models.RoCBertForMaskedLM": LossOnly,
+    "fastconv.models.RoCBertForPreTraining": LossOnly,
     f"{_BERT}.BertEmbeddings": TransformersEmbeddings,
     f"{_BERT}.BertSelfAttention": SelfAttention,
     f"{_BERT}.BertSdpaSelfAttention": SelfAttention,
@@ -62,6 +86,9 @@ _FORWARDS: dict[str, type] = {
     f"{_BERT}.BertPredictionHeadTransform": PredictionTransform,
     f"{_BERT}.BertSelfOutput": ResidualOutput,
     f"{_BERT}.BertOutput": ResidualOutput,
+    f"{_BERT}.BertForMaskedLM": TransformersLossOnly,
+    f"{_BERT}.BertForPreTraining": TransformersPreTraining,
+    f"{_BERT}.BertLMHeadModel": TransformersCausalLossOnly,
     f"{_CONVBERT}.ConvBertEmbeddings": TransformersConvBertEmbeddings,
     f"{_CONVBERT}.ConvBertSelfAttention": MixedAttention,
     f"{_CONVBERT}.GroupedLinearLayer": GroupedLinear,
@@ -70,6 +97,7 @@ _FORWARDS: dict[str, type] = {
     f"{_CONVBERT}.ConvBertPredictionHeadTransform": PredictionTransform,
     f"{_CONVBERT}.ConvBertSelfOutput": ResidualOutput,
     f"{_CONVBERT}.ConvBertOutput": ResidualOutput,
+    f"{_CONVBERT}.ConvBertForMaskedLM": TransformersLossOnly,
     f"{_ROC_BERT}.RoCBertEmbeddings": TransformersRoCBertEmbeddings,
     f"{_ROC_BERT}.RoCBertSelfAttention": SelfAttention,
     f"{_ROC_BERT}.RoCBertCrossAttention": CrossAttention,
@@ -77,10 +105,13 @@ _FORWARDS: dict[str, type] = {
     f"{_ROC_BERT}.RoCBertPredictionHeadTransform": PredictionTransform,
     f"{_ROC_BERT}.RoCBertSelfOutput": ResidualOutput,
     f"{_ROC_BERT}.RoCBertOutput": ResidualOutput,
+    f"{_ROC_BERT}.RoCBertForCausalLM": TransformersCausalLossOnly,
+    f"{_ROC_BERT}.RoCBertForMaskedLM": TransformersLossOnly,
+    f"{_ROC_BERT}.RoCBertForPreTraining": TransformersRoCBertPreTraining,
 }
 
-# The same for padding="remove": whole models, their encoders, and heads that would take a padded row's first or last
-# state for that of a token.
+# The same for padding="remove" and for graphs: whole models, their encoders, and heads that would take a padded row's
+# first or last state for that of a token.
 _PADDING_FREE: dict[str, type] = {
     "fastconv.reference.layers.Encoder": PackedEncoder,
     "fastconv.reference.bert.BertModel": PaddingFree,
@@ -133,7 +164,7 @@ def _swapped_class(original: Any) -> Any:
     bases = (Swapped, forward) if issubclass(forward, original) else (Swapped, forward, original)
     members: dict[str, Any] = {"fastconv_original": original, "__module__": __name__}
     name = f"Fast{original.__name__}"
-    if issubclass(forward, PaddingFree):
+    if issubclass(forward, (PaddingFree, LossOnly, TransformersLossOnly)):
         # Files and transformers' registries name a model's class, and trainers read its forward's arguments.
         name, members["__module__"], members["__qualname__"] = (
             original.__name__,
@@ -141,9 +172,18 @@ def _swapped_class(original: Any) -> Any:
             original.__qualname__,
         )
         members["forward"] = functools.wraps(original.forward)(lambda self, *a, **k: Swapped.forward(self, *a, **k))
+        if issubclass(forward, TransformersLossOnly):
+            members["forward"].__signature__ = _with_loss_only(inspect.signature(original.forward))
     made = type(name, bases, members)
     made.fastconv_class = made  # type: ignore[attr-defined]
     return made
+
+
+def _with_loss_only(signature: inspect.Signature) -> inspect.Signature:
+    option = inspect.Parameter("loss_only", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool)
+    named = list(signature.parameters.values())
+    rest = len(named) - (named[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    return signature.replace(parameters=[*named[:rest], option, *named[rest:]])
 
 
 def _original(module: nn.Module) -> type:
@@ -159,7 +199,7 @@ def _may_remove_padding(module: nn.Module) -> bool:
     return forward is not None and issubclass(forward, PaddingFree) and "forward" not in module.__dict__
 
 
-def accelerate(model: M, *, padding: str = "keep", backend: str = "auto") -> M:
+def accelerate(model: M, *, padding: str = "keep", backend: str = "auto", graphs: bool = False) -> M:
     """Put the fused forwards under a model, or any part of one, in place; returns the model.
 
     model: a module with BERT, RoCBert or ConvBERT layers of this library or of transformers (4.57, 5.x). Before or
@@ -168,29 +208,55 @@ def accelerate(model: M, *, padding: str = "keep", backend: str = "auto") -> M:
     padding: "keep" computes exactly what the original does. "remove" drops the padding that attention_mask (B, S) says,
         on either side, before the embeddings, and puts zeros in its place after the last layer: with BERT and RoCBert
         the tokens' results are those of "keep", with ConvBERT, whose convolutions see the padding, those of each
-        sequence alone. The mask is looked at once a call; a `Packing` made from one, given in its place, saves that.
+        sequence alone. The mask is looked at once a call; a `Packing` given in its place, of lengths on the host and
+        padded_shape, saves that.
         Calls for attentions, of decoders, with encoder_hidden_states, chunks or relative positions, with hooks on an
         attention, and with padding between the tokens of BERT's or RoCBert's keep it, with a warning once. Heads that
-        take the first state get zeros where that is padding; ConvBERT's that make one vector take that of the tokens
+        make one vector of a row make it of its tokens: the first is the row's first token, on whichever side its
+        padding stands
     backend: "auto", "triton" or "native", for this model's ops; see `fastconv.backend`
+    graphs: True replays CUDA graphs of the model from its embeddings to its last layer, for inference in batches of up
+        to 8,192 tokens; see below
 
     Parameters stay the same objects and state_dict the same; for inference the weights of the query, key and value
     layers (and of ConvBERT's convolution input) become neighbours in memory. What was replaced and what was left is
     logged at level INFO by the logger "fastconv". Accelerating twice is accelerating once.
 
-    Raises: TypeError if model is no nn.Module; ValueError for an unknown backend or padding, or padding="remove" of
-    something that holds no whole encoder; RuntimeError if there is nothing to replace. With padding="remove" a call
-    raises ValueError for a batch that is all padding, and ConvBERT's for padding between the tokens of a row.
+    The heads over the vocabulary (MaskedLM, LM, PreTraining) take `loss_only=True` in a call, transformers' too: the
+    output has the loss but no logits, which are not computed (see `ops.masked_lm_loss`), and tokens without a label
+    cost the head nothing. With hooks or adapters in the head, or a loss_function of somebody's own, the original
+    computes them and they are left out. The labels are looked at on a copy on the host, made before the encoder runs:
+    one wait for the device, which has the encoder's work by then.
+
+    A graph is for a number of tokens, padding not counted, rounded up to one of eight steps between powers of two; at
+    least 64. It is recorded by the first call that needs it, and a model keeps the 32 that it used last. Results are
+    the caller's own. Threads and streams may call at once; the replays of a device run one after the other. While a
+    call records, what waits for the whole device or draws random numbers on it in other threads may fail, as in every
+    capture of torch's. With padding="keep" graphs run batches without padding, by one look at the mask, if one is given. Eager are, with a
+    warning once: calls on a CPU, with backend "native", in training mode, with gradients (outside torch.no_grad()),
+    with hooks inside the model, and those that padding="remove" would not pack; and without a warning batches of more
+    tokens, and those that have padding under padding="keep". Where memory is short, calls like that one are eager from
+    then on, after a warning; where something can't be recorded, all. Adapters are recorded with the model; what they do
+    besides computing is done once. Changes of weights in place are seen; graphs are dropped when weights move, modules
+    change or an adapter is switched, and by restore, copies and pickles.
+
+    Raises: TypeError if model is no nn.Module, or graphs no bool; ValueError for an unknown backend or padding, or
+    padding="remove" or graphs of something that holds no whole encoder; RuntimeError if there is nothing to replace.
+    With padding="remove" a call raises ValueError for a batch that is all padding, and ConvBERT's for padding between
+    the tokens of a row; with loss_only ValueError without labels, IndexError for labels outside the vocabulary.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate takes a torch.nn.Module, got {type(model).__name__}")
     dispatch.check_backend(backend)
     if padding not in ("keep", "remove"):
         raise ValueError(f'padding must be "keep" or "remove", got {padding!r}')
-    forwards = {**_FORWARDS, **_PADDING_FREE} if padding == "remove" else _FORWARDS
-    if padding == "remove" and not any(map(_may_remove_padding, model.modules())):
+    if not isinstance(graphs, bool):
+        raise TypeError(f"graphs must be True or False, got {graphs!r}")
+    forwards = {**_FORWARDS, **_PADDING_FREE} if padding == "remove" or graphs else _FORWARDS
+    if forwards is not _FORWARDS and not any(map(_may_remove_padding, model.modules())):
+        option = 'padding="remove"' if padding == "remove" else "graphs=True"
         raise ValueError(
-            f'padding="remove" needs a BertModel, RoCBertModel or ConvBertModel, got {type(model).__name__} without one'
+            f"{option} needs a BertModel, RoCBertModel or ConvBertModel, got {type(model).__name__} without one"
         )
     replaced: Counter[str] = Counter()
     left: Counter[str] = Counter()
@@ -213,6 +279,9 @@ def accelerate(model: M, *, padding: str = "keep", backend: str = "auto") -> M:
         # One that had its padding removed may get it back.
         if hasattr(module, "fastconv_padding"):
             module.fastconv_padding = padding
+        if hasattr(module, "fastconv_graphs"):
+            _drop_graphs(module)
+            module.fastconv_graphs = Graphs() if graphs else None
     if not replaced:
         raise RuntimeError(
             f"accelerate found nothing to replace in {type(model).__name__}: expected layers of BERT, RoCBert or "
@@ -235,10 +304,17 @@ def restore(model: M) -> M:
             if hasattr(module, "fastconv_packed"):
                 for layers in module.fastconv_packed():  # type: ignore[operator]
                     unpack(layers)
+            if hasattr(module, "fastconv_graphs"):
+                _drop_graphs(module)
             module.__class__ = original
-            for attribute in ("fastconv_backend", "fastconv_config", "fastconv_padding"):
+            for attribute in ("fastconv_backend", "fastconv_config", "fastconv_padding", "fastconv_graphs"):
                 module.__dict__.pop(attribute, None)
     return model
+
+
+def _drop_graphs(module: Any) -> None:
+    if module.fastconv_graphs is not None:
+        module.fastconv_graphs.clear()
 
 
 def _count(classes: Counter[str]) -> str:

@@ -12,7 +12,7 @@ from .cache import Cache
 from .config import BertConfig, RoCBertConfig
 from .generation import Generation
 from .layers import PredictionTransform
-from .model import Model, check_same_size, choose, maybe_tuple
+from .model import check_same_size, choose, maybe_tuple
 from .outputs import BertForPreTrainingOutput, ModelOutput
 
 
@@ -54,7 +54,7 @@ class BertPreTrainingHeads(BertOnlyMLMHead):
         self.seq_relationship = nn.Linear(config.hidden_size, 2)
 
 
-class Vocabulary(Model):
+class Vocabulary(heads.LanguageModel):
     """A model whose head `cls.predictions` maps to the vocabulary, by the word embeddings if the config ties them."""
 
     cls: BertOnlyMLMHead
@@ -103,13 +103,17 @@ class BertForPreTraining(Vocabulary, BertPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        loss_only: bool = False,
     ) -> Any:
         """The arguments of the base model; labels (B, S), -100 is ignored; next_sentence_label (B,), 0 if the second
         sentence follows the first, 1 if it is another. There is a loss, the sum of both, only if both are given.
 
+        loss_only: return no prediction_logits but the loss, which then needs both labels.
+
         Raises:
-            ValueError, TypeError, IndexError: as the base model; labels of a wrong shape.
+            ValueError, TypeError, IndexError: as the base model; labels of a wrong shape; loss_only without labels.
         """
+        heads.check_loss_only(loss_only, labels=labels, next_sentence_label=next_sentence_label)
         outputs = self.bert(
             input_ids,
             attention_mask,
@@ -121,10 +125,9 @@ class BertForPreTraining(Vocabulary, BertPreTrainedModel):
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        logits, relationship = self.logits(outputs), self.cls.seq_relationship(outputs.pooler_output)
-        loss = None
-        if labels is not None and next_sentence_label is not None:
-            loss = heads.class_loss(logits, labels)
+        relationship = self.cls.seq_relationship(outputs.pooler_output)
+        loss, logits = self.loss_and_logits(outputs, None if next_sentence_label is None else labels, loss_only)
+        if loss is not None and next_sentence_label is not None:
             loss = loss + heads.class_loss(relationship, next_sentence_label, "next_sentence_label")
         output = BertForPreTrainingOutput(
             loss=loss,
@@ -166,14 +169,17 @@ class BertLMHeadModel(Generation, Vocabulary, heads.CausalLM, BertPreTrainedMode
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        loss_only: bool = False,
     ) -> Any:
         """The arguments of the base model; labels (B, S), -100 is ignored: the logits of a token are compared with the
         label of the next. With labels no new cache is made.
 
         logits_to_keep: compute only the logits of this many last tokens; 0 for all.
+        loss_only: return no logits but the loss, which then needs labels.
 
         Raises:
-            ValueError, TypeError, IndexError: as the base model; labels of a wrong shape; labels with logits_to_keep.
+            ValueError, TypeError, IndexError: as the base model; labels of a wrong shape; labels with logits_to_keep;
+                loss_only without labels.
         """
         inputs = {
             "input_ids": input_ids,
@@ -189,7 +195,7 @@ class BertLMHeadModel(Generation, Vocabulary, heads.CausalLM, BertPreTrainedMode
             "output_attentions": output_attentions,
             "output_hidden_states": output_hidden_states,
         }
-        return self.predict(inputs, labels, return_dict, logits_to_keep)
+        return self.predict(inputs, labels, return_dict, logits_to_keep, loss_only)
 
 
 class BertForMaskedLM(Vocabulary, heads.MaskedLM, BertPreTrainedModel):
@@ -217,11 +223,14 @@ class BertForMaskedLM(Vocabulary, heads.MaskedLM, BertPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        loss_only: bool = False,
     ) -> Any:
         """The arguments of the base model but the cache; labels (B, S), -100 is ignored.
 
+        loss_only: return no logits but the loss, which then needs labels.
+
         Raises:
-            ValueError, TypeError, IndexError: as the base model; labels of a wrong shape.
+            ValueError, TypeError, IndexError: as the base model; labels of a wrong shape; loss_only without labels.
         """
         inputs = {
             "input_ids": input_ids,
@@ -236,7 +245,7 @@ class BertForMaskedLM(Vocabulary, heads.MaskedLM, BertPreTrainedModel):
             "output_attentions": output_attentions,
             "output_hidden_states": output_hidden_states,
         }
-        return self.predict(inputs, labels, return_dict)
+        return self.predict(inputs, labels, return_dict, loss_only)
 
 
 class BertForNextSentencePrediction(heads.NextSentencePrediction, BertPreTrainedModel):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 
@@ -56,3 +59,23 @@ class Cache:
                 f"past_key_values was filled with encoder_hidden_states of length {cached}, but now their length is "
                 f"{encoder_length}; give the same ones in every call, or start with an empty Cache"
             )
+
+
+def _from_lists(lists: Iterable[list[tuple[Tensor, Tensor]]], _: None) -> Cache:
+    cache = Cache()
+    cache.self_attention, cache.cross_attention = lists
+    return cache
+
+
+# So that torch.export takes and returns it, and loads the example of one that is in a saved program.
+torch.serialization.add_safe_globals([Cache])
+pytree.register_pytree_node(
+    Cache,
+    lambda cache: ([cache.self_attention, cache.cross_attention], None),
+    _from_lists,
+    serialized_type_name="fastconv.reference.cache.Cache",
+    flatten_with_keys_fn=lambda cache: (
+        [(pytree.GetAttrKey(name), getattr(cache, name)) for name in ("self_attention", "cross_attention")],
+        None,
+    ),
+)

@@ -85,16 +85,82 @@ class HeadModel(Model):
         return self.predict(inputs, labels, return_dict)
 
 
-class MaskedLM(HeadModel):
+class LanguageModel(Model):
+    """A head over the vocabulary, that gives its loss alone where `loss_only` asks for it."""
+
+    def logits(self, outputs: ModelOutput) -> Tensor:
+        """The logits (B, S, V) from what the encoder returns."""
+        raise NotImplementedError
+
+    def loss(self, logits: Tensor, labels: Tensor, name: str = "labels") -> Tensor:
+        """The loss of labels (B, S), a scalar; -100 is ignored."""
+        return class_loss(logits, labels, name)
+
+    def loss_alone(self, outputs: ModelOutput, labels: Tensor, name: str = "labels") -> Tensor:
+        """The loss where nobody wants the logits, which an accelerated model doesn't compute for it."""
+        return self.loss(self.logits(outputs), labels, name)
+
+    def loss_and_logits(
+        self, outputs: ModelOutput, labels: Tensor | None, loss_only: bool, name: str = "labels"
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """What there is of both."""
+        if loss_only and labels is not None:
+            return self.loss_alone(outputs, labels, name), None
+        logits = self.logits(outputs)
+        return None if labels is None else self.loss(logits, labels, name), logits
+
+
+class MaskedLM(LanguageModel, HeadModel):
     """Logits over the vocabulary for every token. labels: (B, S), -100 is ignored."""
 
-    output_class = MaskedLMOutput
+    def predict(
+        self, inputs: dict[str, Any], labels: Tensor | None, return_dict: bool | None, loss_only: bool = False
+    ) -> Any:
+        """The output for the arguments `inputs` of the base model."""
+        check_loss_only(loss_only, labels=labels)
+        outputs = self.base_model(**inputs, return_dict=True)
+        loss, logits = self.loss_and_logits(outputs, labels, loss_only)
+        output = MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+        return maybe_tuple(output, choose(return_dict, self.config.return_dict))
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return class_loss(logits, labels)
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        loss_only: bool = False,
+    ) -> Any:
+        """The arguments of the base model; labels (B, S), -100 is ignored.
+
+        loss_only: return no logits but the loss, which then needs labels.
+
+        Raises:
+            ValueError, TypeError, IndexError: as the base model; labels of a wrong shape; loss_only without labels.
+        """
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "head_mask": head_mask,
+            "inputs_embeds": inputs_embeds,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+        }
+        return self.predict(inputs, labels, return_dict, loss_only)
 
 
-class CausalLM(HeadModel):
+class CausalLM(LanguageModel, HeadModel):
     """Logits over the vocabulary for the token that follows. labels: (B, S), those of the tokens; -100 is ignored."""
 
     def predict(
@@ -103,16 +169,18 @@ class CausalLM(HeadModel):
         labels: Tensor | None,
         return_dict: bool | None,
         logits_to_keep: int = 0,
+        loss_only: bool = False,
     ) -> Any:
         """The output for the arguments `inputs` of the base model. logits_to_keep: of how many last tokens; 0: all."""
         check_int("logits_to_keep", logits_to_keep, 0)
         if labels is not None and logits_to_keep:
             raise ValueError(f"labels need all logits, got logits_to_keep {logits_to_keep}")
+        check_loss_only(loss_only, labels=labels)
         outputs = self.base_model(**inputs, return_dict=True)
         kept = replace(outputs, last_hidden_state=outputs.last_hidden_state[:, -logits_to_keep:])
-        logits = self.logits(kept)
+        loss, logits = self.loss_and_logits(kept, labels, loss_only)
         output = CausalLMOutputWithCrossAttentions(
-            loss=None if labels is None else self.loss(logits, labels),
+            loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
@@ -121,11 +189,11 @@ class CausalLM(HeadModel):
         )
         return maybe_tuple(output, choose(return_dict, self.config.return_dict))
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        check_labels(labels, tuple(logits.shape[:-1]))
+    def loss(self, logits: Tensor, labels: Tensor, name: str = "labels") -> Tensor:
+        check_labels(labels, tuple(logits.shape[:-1]), name)
         # Over a vocabulary, half precision leaves a loss two digits; transformers computes this one in fp32 too.
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return class_loss(wide[:, :-1], labels[:, 1:])
+        return class_loss(wide[:, :-1], labels[:, 1:], name)
 
 
 class NextSentencePrediction(HeadModel):
@@ -301,6 +369,14 @@ def check_labels(labels: Tensor, shape: tuple[int, ...], name: str = "labels") -
     """Raise ValueError unless labels have this shape."""
     if tuple(labels.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(labels.shape)}")
+
+
+def check_loss_only(loss_only: bool, **labels: Tensor | None) -> None:
+    """Raise ValueError for a loss that is asked for without any of the labels that it needs."""
+    missing = [name for name, given in labels.items() if given is None]
+    if loss_only and missing:
+        given = ", ".join(f"{name} {'None' if name in missing else 'given'}" for name in labels)
+        raise ValueError(f"loss_only needs {' and '.join(labels)}, got {given}")
 
 
 def flatten_choices(name: str, tensor: Tensor, batch: int, choices: int, dim: int) -> Tensor:

@@ -52,6 +52,7 @@ class RoCBertForPreTraining(Vocabulary, RoCBertPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        loss_only: bool = False,
     ) -> Any:
         """The arguments of the base model, and those of two further texts for the loss.
 
@@ -59,11 +60,13 @@ class RoCBertForPreTraining(Vocabulary, RoCBertPreTrainedModel):
             ignored, and stands for padding where they are read as a text. Without them there is no loss.
         attack_*: the text with other characters for some, (B, any length). Without attack_input_ids the loss is that of
             the masked language modelling alone; with them the contrastive loss is added.
+        loss_only: return no logits but the loss, which then needs labels_input_ids.
 
         Raises:
             ValueError, TypeError, IndexError: as the base model, of each text; labels of a wrong shape; another number
-                of attacks than of texts; no pad_token_id in the config.
+                of attacks than of texts; no pad_token_id in the config; loss_only without labels_input_ids.
         """
+        heads.check_loss_only(loss_only, labels_input_ids=labels_input_ids)
         outputs = self.roc_bert(
             input_ids,
             input_shape_ids,
@@ -78,28 +81,25 @@ class RoCBertForPreTraining(Vocabulary, RoCBertPreTrainedModel):
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        logits = self.logits(outputs)
-        loss = None
-        if labels_input_ids is not None:
-            loss = heads.class_loss(logits, labels_input_ids, "labels_input_ids")
-            if attack_input_ids is not None:
-                labels = self.pooled(
-                    "labels",
-                    self.labels_as_text(labels_input_ids),
-                    labels_input_shape_ids,
-                    labels_input_pronunciation_ids,
-                    labels_attention_mask,
-                    labels_token_type_ids,
-                )
-                attack = self.pooled(
-                    "attack",
-                    attack_input_ids,
-                    attack_input_shape_ids,
-                    attack_input_pronunciation_ids,
-                    attack_attention_mask,
-                    attack_token_type_ids,
-                )
-                loss = contrastive_loss(outputs.pooler_output, labels, attack) + loss
+        loss, logits = self.loss_and_logits(outputs, labels_input_ids, loss_only, "labels_input_ids")
+        if loss is not None and labels_input_ids is not None and attack_input_ids is not None:
+            labels = self.pooled(
+                "labels",
+                self.labels_as_text(labels_input_ids),
+                labels_input_shape_ids,
+                labels_input_pronunciation_ids,
+                labels_attention_mask,
+                labels_token_type_ids,
+            )
+            attack = self.pooled(
+                "attack",
+                attack_input_ids,
+                attack_input_shape_ids,
+                attack_input_pronunciation_ids,
+                attack_attention_mask,
+                attack_token_type_ids,
+            )
+            loss = contrastive_loss(outputs.pooler_output, labels, attack) + loss
         output = MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -171,14 +171,17 @@ class RoCBertForCausalLM(RoCBertGeneration, Vocabulary, heads.CausalLM, RoCBertP
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        loss_only: bool = False,
     ) -> Any:
         """The arguments of the base model, in another order; labels (B, S), -100 is ignored: the logits of a token are
         compared with the label of the next.
 
         logits_to_keep: compute only the logits of this many last tokens; 0 for all.
+        loss_only: return no logits but the loss, which then needs labels.
 
         Raises:
-            ValueError, TypeError, IndexError: as the base model; labels of a wrong shape; labels with logits_to_keep.
+            ValueError, TypeError, IndexError: as the base model; labels of a wrong shape; labels with logits_to_keep;
+                loss_only without labels.
         """
         inputs = {
             "input_ids": input_ids,
@@ -196,7 +199,7 @@ class RoCBertForCausalLM(RoCBertGeneration, Vocabulary, heads.CausalLM, RoCBertP
             "output_attentions": output_attentions,
             "output_hidden_states": output_hidden_states,
         }
-        return self.predict(inputs, labels, return_dict, logits_to_keep)
+        return self.predict(inputs, labels, return_dict, logits_to_keep, loss_only)
 
 
 class RoCBertForMaskedLM(Vocabulary, heads.MaskedLM, RoCBertPreTrainedModel):
@@ -226,11 +229,14 @@ class RoCBertForMaskedLM(Vocabulary, heads.MaskedLM, RoCBertPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        loss_only: bool = False,
     ) -> Any:
         """The arguments of the base model but the cache; labels (B, S), -100 is ignored.
 
+        loss_only: return no logits but the loss, which then needs labels.
+
         Raises:
-            ValueError, TypeError, IndexError: as the base model; labels of a wrong shape.
+            ValueError, TypeError, IndexError: as the base model; labels of a wrong shape; loss_only without labels.
         """
         inputs = {
             "input_ids": input_ids,
@@ -247,7 +253,7 @@ class RoCBertForMaskedLM(Vocabulary, heads.MaskedLM, RoCBertPreTrainedModel):
             "output_attentions": output_attentions,
             "output_hidden_states": output_hidden_states,
         }
-        return self.predict(inputs, labels, return_dict)
+        return self.predict(inputs, labels, return_dict, loss_only)
 
 
 class Classifier(heads.HeadModel):

@@ -51,7 +51,7 @@ def family_of(name: str) -> str:
 
 def keywords_of(name: str, version: int | None) -> set[str]:
     """What the cases of a class pass to its forward, each in some of them."""
-    missing = {4: {"logits_to_keep"}, 5: {"head_mask"}, None: set()}
+    missing = {4: {"logits_to_keep", "loss_only"}, 5: {"head_mask", "loss_only"}, None: set()}
     return set(inspect.signature(getattr(reference, name).forward).parameters) - {"self"} - missing[version]
 
 
@@ -208,7 +208,10 @@ class _Draw:
         if "use_cache" in self.keywords and not self.cached and self.maybe():
             inputs["use_cache"] = self.can_cache(config) and self.maybe()
         if self.mostly() and not self.cached:
-            inputs |= self.labels(config)
+            labels = self.labels(config)
+            inputs |= labels
+            if "loss_only" in self.keywords and not (self.name == "BertForPreTraining" and len(labels) < 2):
+                inputs["loss_only"] = self.maybe()
         elif "logits_to_keep" in self.keywords and self.maybe():
             inputs["logits_to_keep"] = self.draw(st.integers(0, self.S - self.cached))
         if self.maybe():

@@ -158,5 +158,6 @@ def test_launches_of_a_layers_training_step(family, number, device):
     layer = run(3) - run(2)
     for half in ("dq", "dkv"):
         assert layer[f"_masked_attention_bwd_{half}_kernel"] == 1, layer
-    # cuBLAS may cut a product in two.
-    assert layer.total() == number or (device.type == "cuda" and layer.total() > 0), layer
+    # cuBLAS may cut a product in two: a layer has 12 of them, and ConvBERT's 6 more.
+    slack = 18 if device.type == "cuda" else 0
+    assert number <= layer.total() <= number + slack, layer

@@ -6,7 +6,7 @@ import importlib
 
 import pytest
 import torch
-from op_suite import assert_checkpointed, assert_second_derivative, assert_traced
+from op_suite import assert_checkpointed, assert_second_derivative, assert_traced, checked_aot_eager
 from shapes import LAYOUTS, with_layout
 from tolerance import INTERPRETING, assert_2x, assert_op_2x
 from torch.library import opcheck
@@ -318,7 +318,7 @@ def test_layer_norm_compiled_gradient(backend, device, same):
 
     torch._dynamo.reset()
     # The graph must be whole and its gradient eager's; what code Inductor makes of the rest is not this op's matter.
-    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(step, backend=checked_aot_eager, fullgraph=True)
     for got, expected in zip(run(compiled), run(step), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 

@@ -52,14 +52,15 @@ def pair(source: str, name: str, **arguments) -> tuple[torch.nn.Module, torch.nn
 
 
 def promised(family: str, model: torch.nn.Module, inputs: Tensors, keep: torch.Tensor, **options) -> Tensors:
-    """What a model without padding has to give, by one that keeps it: hidden states, and pooled states if they are
-    those of tokens.
+    """What a model without padding has to give, by one that keeps it: hidden states, and what the pooler makes of each
+    row's first token.
     """
     if family != "ConvBert":
         output = model(**inputs, attention_mask=keep.long(), **options)
         found = {"last": output.last_hidden_state} | named(output)
         found = {name: value.masked_fill(~keep[..., None], 0.0) for name, value in found.items()}
-        return found | {"pooled": model.pooler(found["last"])}
+        first = keep.int().argmax(1)[:, None, None]
+        return found | {"pooled": model.pooler(found["last"].take_along_dim(first, 1))}
     rows = [
         {name: value.expand(keep.shape[0], *value.shape[1:])[row : row + 1, tokens] for name, value in inputs.items()}
         for row, tokens in enumerate(keep)
@@ -124,6 +125,17 @@ def test_other_attention_of_transformers(family, attention):
     with fastconv.backend("native"):
         for kind in ("right", "ragged"):
             check(family, model, fast, ids_of(family, 4, S), mask_of(kind), output_hidden_states=True)
+
+
+def test_several_sequences_in_a_row():
+    model, fast = pair("reference", "BertModel")
+    inputs = {"input_ids": draw(3, S)}
+    places = torch.tensor([3, 4, 0, 1, 2, 15, 16, 17])  # the second row has none
+    packing = Packing(torch.tensor([0, 2, 5, 8]), indices=places, padded_shape=(3, S))
+    with torch.no_grad():
+        output = fast(**inputs, attention_mask=packing)
+        assert torch.equal(output.pooler_output, model.pooler(output.last_hidden_state[[0, 1, 2], [0, 0, 1], None]))
+    assert not output.last_hidden_state[1].any() and output.last_hidden_state[0, 0].any()
 
 
 @pytest.mark.parametrize(("source", "family"), MODELS)

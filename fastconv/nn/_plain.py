@@ -25,6 +25,11 @@ def bare(module: nn.Module) -> bool:
     )
 
 
+def collects_outputs(hook: Any) -> bool:
+    """Whether a hook is one of those that transformers 5.x leaves on modules for good, to collect outputs."""
+    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
+
+
 def plain_linear(module: nn.Module) -> bool:
     """Whether the module is nothing but nn.Linear, so that its weight and bias say all."""
     return type(module) is nn.Linear and bare(module)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastconv.kernels import MAX_HEAD_SIZE
-from fastconv.nn._plain import bare, dropout_p, plain_dropout
+from fastconv.nn._plain import bare, collects_outputs, dropout_p, plain_dropout
 from fastconv.nn.packed_linear import linear, packed_linear
 from fastconv.ops import masked_attention
 from fastconv.ops._eager import autocasting, use_kernels
@@ -89,7 +89,7 @@ class FastForward:
             or not plain_dropout(self.dropout)  # type: ignore[attr-defined]
             or not self._takes_mask(mask, function)
             or not (head_mask is None or (isinstance(head_mask, torch.Tensor) and head_mask.is_floating_point()))
-            or not (states is None or (states.dim() == 3 and states.shape[0] == len(hidden_states) and states.shape[1]))
+            or not (states is None or _fits(states, hidden_states))
             or not self._takes_cache(cache, states)
             or not self._takes_positions(hidden_states, states, cache)
             or self._observed()
@@ -147,11 +147,16 @@ class FastForward:
         if getattr(self.fastconv_config, "output_attentions", False):
             return True
         for hook in self._forward_hooks.values():  # type: ignore[attr-defined]
-            # transformers 5.x leaves hooks of its own on the module, which keep attentions if the config says so.
-            own = getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
-            if not own or not hasattr(self.fastconv_config, "output_attentions"):
+            # They keep attentions if the config says so.
+            if not collects_outputs(hook) or not hasattr(self.fastconv_config, "output_attentions"):
                 return True
         return False
+
+
+def _fits(states: torch.Tensor, hidden_states: torch.Tensor) -> bool:
+    """Whether an encoder's states are (B, Sk, C) with the B of a call's, and Sk not 0."""
+    # Not by len, of which torch.export makes a program for one size of batch.
+    return states.dim() == 3 and states.shape[0] == hidden_states.shape[0] and states.shape[1] != 0
 
 
 # position_embedding_type -> whether keys count too.

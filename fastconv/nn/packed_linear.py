@@ -75,15 +75,18 @@ class _PackedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, packed, sizes, *parameters):
-        # The parameters so that a write to them before the backward, which changes the packed memory, is an error.
-        ctx.save_for_backward(x, *parameters)
-        ctx.packed, ctx.sizes = packed, sizes
+        needs_x, _, _, *needed = ctx.needs_input_grad
+        number = len(sizes)
+        # What the layers would save. The weights, so that a write to one before the backward, which changes the packed
+        # memory, is an error.
+        ctx.save_for_backward(x if any(needed[:number]) else None, *(parameters[:number] if needs_x else ()))
+        ctx.weight, ctx.sizes = packed[0], sizes
         return F.linear(x, *packed).split(sizes, -1)
 
     @staticmethod
     @once_differentiable("linear_act")
     def backward(ctx, *dys):
-        x, *_ = ctx.saved_tensors
+        x, *weights = ctx.saved_tensors
         needs_x, _, _, *needed = ctx.needs_input_grad
         dy = torch.cat(dys, -1)
         rows, number = dy.flatten(0, -2), len(dys)
@@ -93,7 +96,11 @@ class _PackedLinear(torch.autograd.Function):
         if any(needed[number:]):
             found[number:] = rows.sum(0).split(ctx.sizes)
         found = [d if needs else None for d, needs in zip(found, needed, strict=True)]
-        return dy @ ctx.packed[0] if needs_x else None, None, None, *found
+        if not needs_x:
+            return None, None, None, *found
+        # Hooks on saved tensors may give back copies instead of the parameters: of before a write, if there was one.
+        kept = _hold([ctx.weight], [weights]) or all(type(w) is nn.Parameter for w in weights)
+        return dy @ (ctx.weight if kept else torch.cat(weights)), None, None, *found
 
 
 def _packed(owner: nn.Module, kinds: list[list[torch.Tensor]]) -> list[torch.Tensor]:
@@ -105,7 +112,10 @@ def _packed(owner: nn.Module, kinds: list[list[torch.Tensor]]) -> list[torch.Ten
     with _lock:
         packed = _packs.get(owner, [])
         if not _hold(packed, kinds):
-            packed = [_pack(kind) for kind in kinds] if all(_movable(kind, owner) for kind in kinds) else []
+            # In a capture nothing is computed: the parameters would have no values until the graph runs.
+            capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+            movable = not capturing and all(_movable(kind, owner) for kind in kinds)
+            packed = [_pack(kind) for kind in kinds] if movable else []
             if packed:
                 _packs[owner] = packed
             else:
@@ -170,6 +180,9 @@ def _pack(parameters: list[torch.Tensor]) -> torch.Tensor:
     # Not as inference tensors, even under inference_mode: the parameters may be trained later.
     with torch.inference_mode(False), torch.no_grad():
         packed = torch.cat([p.detach() for p in parameters])
+        if packed.is_cuda:
+            # From here on other streams may read the new memory, and get the old for something else.
+            torch.cuda.current_stream(packed.device).synchronize()
         storage, start = packed.untyped_storage(), 0
         for p in parameters:
             end = start + p.numel() * p.element_size()

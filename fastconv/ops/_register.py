@@ -29,6 +29,18 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def distinct(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
+    """The tensors as an autograd.Function may get them in a trace: none of them in two slots.
+
+    For one that is, Dynamo gives half the gradient in torch 2.11 (pytorch #183604), and refuses in later ones.
+    """
+    if not torch.compiler.is_compiling():
+        return tensors
+    return tuple(
+        t.view_as(t) if t is not None and any(t is other for other in tensors[:i]) else t for i, t in enumerate(tensors)
+    )
+
+
 def once_differentiable(op: str) -> Callable[[Callable], Callable]:
     """Decorator for the backward of an autograd.Function of the op: it has no derivative of its own, and says so.
 

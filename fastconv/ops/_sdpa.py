@@ -49,12 +49,51 @@ def native_packed(
     """masked_attention of a packed batch, (T, H, D) each: SDPA of every sequence, without a copy of its tensors."""
     if len(k) == 0:
         return torch.cat([q * 0.0, k, v])  # which has gradients
+    if torch.compiler.is_compiling():
+        return _padded(q, k, v, of_queries, of_keys, causal, dropout_p, scale)
     parts = zip(q.split(of_queries.lengths), k.split(of_keys.lengths), v.split(of_keys.lengths), strict=True)
     rows = [
         attention(qs[None], ks[None], vs[None], None, dropout_p, scale, causal=causal)[0] if len(ks) else qs * 0.0
         for qs, ks, vs in parts
     ]
     return torch.cat(rows)
+
+
+def _padded(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    of_queries: Packing,
+    of_keys: Packing,
+    causal: bool,
+    dropout_p: float,
+    scale: float,
+) -> torch.Tensor:
+    """native_packed by SDPA of a padded batch, for graphs: one of slices would be for these lengths alone."""
+    rows = of_queries.cu_seqlens.shape[0] - 1
+
+    def places(packing: Packing) -> torch.Tensor:
+        token = torch.arange(packing.tokens, device=packing.cu_seqlens.device)
+        row = torch.bucketize(token, packing.cu_seqlens[1:].long(), right=True)
+        return row * packing.longest + packing.before
+
+    def padded(x: torch.Tensor, packing: Packing, index: torch.Tensor) -> torch.Tensor:
+        empty = x.new_zeros(rows * packing.longest, *x.shape[1:])
+        return empty.index_copy(0, index, x).unflatten(0, (rows, packing.longest))
+
+    at_queries = places(of_queries)
+    at_keys = at_queries if of_keys is of_queries else places(of_keys)
+    y = native(
+        padded(q, of_queries, at_queries),
+        padded(k, of_keys, at_keys),
+        padded(v, of_keys, at_keys),
+        of_keys.cu_seqlens.diff(),
+        None,
+        causal,
+        dropout_p,
+        scale,
+    )
+    return y.flatten(0, 1).index_select(0, at_queries)
 
 
 def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -32,6 +32,8 @@ def each_alone(
     gap = kernel_size // 2
     number = (packing.before == 0).cumsum(0) - 1  # of each token's sequence
     place = torch.arange(packing.tokens, device=number.device) + gap * number
-    size = packing.tokens + gap * len(packing.lengths)
+    # Of a list's length, a graph of torch.compile would be for so many sequences alone.
+    sequences = packing.cu_seqlens.shape[0] - 1 if torch.compiler.is_compiling() else len(packing.lengths)
+    size = packing.tokens + gap * sequences
     spaced = (t.new_zeros(size, *t.shape[1:]).index_copy(0, place, t)[None] for t in tensors)
     return convolve(*spaced)[0].index_select(0, place)

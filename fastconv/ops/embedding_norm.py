@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from fastconv.ops._eager import autocasting, unobserved, use_kernels
-from fastconv.ops._register import needs_grad, once_differentiable, register
+from fastconv.ops._register import distinct, needs_grad, once_differentiable, register
 from fastconv.ops._seed import check_seed, draw_seed, native_keep_mask
 from fastconv.ops.layer_norm import layer_norm
 from fastconv.reference import Packing
@@ -70,10 +70,9 @@ def embedding_norm(
     if dropout_p > 0.0 and seed is None:
         seed = draw_seed(weight)
     if needs_grad(*tables, embeds, weight, bias):
-        # Dynamo gives half the gradient for a tensor in two slots of an autograd.Function (pytorch #183604).
-        tables = [t.view_as(t) if any(t is other for other in tables[:i]) else t for i, t in enumerate(tables)]
+        weight, bias, embeds, *rest = distinct(weight, bias, embeds, *tables, *ids)
         return _EmbeddingNorm.apply(
-            weight, bias, embeds, eps, paddings, dropout_p, seed, lead, out_dtype, len(tables), *tables, *ids
+            weight, bias, embeds, eps, paddings, dropout_p, seed, lead, out_dtype, len(tables), *rest
         )
     return _forward(ids, tables, embeds, weight, bias, eps, dropout_p, seed, lead, out_dtype, False)[0]
 

@@ -130,6 +130,6 @@ def _native(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, activatio
         y = torch.cat(parts, -1)
         return y if fused == activation else function(y)
     # One batched product over the groups; the bias goes in with it.
-    split = x.reshape(x.shape[:-1].numel(), groups, size_in).transpose(0, 1)
+    split = x.reshape(-1, groups, size_in).transpose(0, 1)
     y = torch.baddbmm(bias.view(groups, 1, size_out), split, weight).transpose(0, 1)
     return function(y.reshape(*x.shape[:-1], groups * size_out))

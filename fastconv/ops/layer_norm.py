@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fastconv.ops._eager import autocasting, use_kernels
-from fastconv.ops._register import needs_grad, once_differentiable, register
+from fastconv.ops._register import distinct, needs_grad, once_differentiable, register
 from fastconv.ops._seed import check_seed, draw_seed, native_keep_mask
 from fastconv.reference.ops.layer_norm import check
 
@@ -47,11 +47,9 @@ def layer_norm(
         return _native(x, weight, bias, eps, x_bias, residual, dropout_p, seed)
     if dropout_p > 0.0 and seed is None:
         seed = draw_seed(x)
-    if residual is x:
-        # Dynamo gives half the gradient for a tensor in two slots of an autograd.Function (pytorch #183604).
-        residual = x.view_as(x)
     out_dtype = _out_dtype(x, residual)
     if needs_grad(x, weight, bias, x_bias, residual):
+        x, weight, bias, x_bias, residual = distinct(x, weight, bias, x_bias, residual)
         return _LayerNorm.apply(x, weight, bias, eps, x_bias, residual, dropout_p, seed, out_dtype)
     return _forward(x, weight, bias, eps, x_bias, residual, dropout_p, seed, out_dtype, False)[0]
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fastconv.ops import _onednn
 from fastconv.ops._dense import check_dtypes
 from fastconv.ops._eager import autocast, autocasting, use_kernels
-from fastconv.ops._register import needs_grad, once_differentiable, register
+from fastconv.ops._register import distinct, needs_grad, once_differentiable, register
 from fastconv.ops.grouped_linear import activation_backward, dense
 from fastconv.reference.ops import get_activation
 from fastconv.reference.ops.linear_act import check
@@ -44,6 +44,7 @@ def linear_act(
     if fuses(x.shape[-1], x.dtype, training=training):
         return dense(x, weight.t()[None], bias, activation)
     if training:
+        x, weight, bias = distinct(x, weight, bias)
         return _LinearAct.apply(x, weight, bias, activation)
     return _forward(F.linear(x, weight), bias, activation)
 

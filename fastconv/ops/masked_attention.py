@@ -13,7 +13,7 @@ from fastconv.kernels import MAX_FP32_HEAD_SIZE, MAX_HEAD_SIZE
 from fastconv.ops import _sdpa
 from fastconv.ops._eager import autocast, use_kernels
 from fastconv.ops._out import check_out, shares_memory
-from fastconv.ops._register import needs_grad, once_differentiable, register
+from fastconv.ops._register import distinct, needs_grad, once_differentiable, register
 from fastconv.ops._relative import relative_bias
 from fastconv.ops._seed import check_seed, draw_seed, native_keep_mask
 from fastconv.reference import Packing
@@ -318,13 +318,11 @@ def _by_kernels(q, k, v, lengths, mask, causal, dropout_p, seed, scale, packing,
     packed = _packed(packing)
     lengths = None if lengths is None else lengths.contiguous()
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-    # Dynamo gives half the gradient for a tensor in two slots of an autograd.Function (pytorch #183604).
-    v = v.view_as(v) if v is k or v is q else v
-    k = k.view_as(k) if k is q else k
     if mask is not None:
         mask = mask.reshape(*(1,) * (4 - mask.dim()), *mask.shape)
     seed = draw_seed(q) if dropout_p > 0.0 and seed is None else seed
     if needs_grad(q, k, v, mask):
+        q, k, v = distinct(q, k, v)
         y = _MaskedAttention.apply(q, k, v, mask, lengths, packed, causal, dropout_p, seed, scale)
     elif out is None:
         y = _forward(q, k, v, lengths, mask, packed, causal, dropout_p, seed, scale, False)[0]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from fastconv.ops import _onednn
 from fastconv.ops._eager import autocast, unobserved, use_kernels
-from fastconv.ops._register import needs_grad, once_differentiable, register
+from fastconv.ops._register import distinct, needs_grad, once_differentiable, register
 from fastconv.ops._windows import check_kernel_size, each_alone
 from fastconv.reference import Packing
 from fastconv.reference.ops.separable_conv import check
@@ -55,10 +55,8 @@ def separable_conv(
     if not use_kernels(x, depthwise, pointwise, bias, gate):
         return _native(x, depthwise, pointwise, bias, gate, packing)
     before, after = (None, None) if packing is None else (packing.before, packing.after)
-    if gate is x:
-        # Dynamo gives half the gradient for a tensor in two slots of an autograd.Function (pytorch #183604).
-        gate = x.view_as(x)
     if needs_grad(x, depthwise, pointwise, bias, gate):
+        x, gate = distinct(x, gate)
         return _SeparableConv.apply(x, depthwise, pointwise, bias, gate, before, after)
     y = F.linear(depthwise_op(x, depthwise, before, after, False), pointwise.squeeze(-1), bias.squeeze(-1))
     return y if gate is None else y * gate

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from fastconv.ops._eager import autocast, unobserved, use_kernels
 from fastconv.ops._out import check_out, takes_rows
-from fastconv.ops._register import needs_grad, once_differentiable, register
+from fastconv.ops._register import distinct, needs_grad, once_differentiable, register
 from fastconv.ops._windows import check_kernel_size, each_alone
 from fastconv.reference import Packing
 from fastconv.reference.ops.span_dynamic_conv import check
@@ -52,6 +52,7 @@ def span_dynamic_conv(
         return y if out is None else out.copy_(y)
     before, after = (None, None) if packing is None else (packing.before, packing.after)
     if needs_grad(value, kernel_logits):
+        value, kernel_logits = distinct(value, kernel_logits)
         return _SpanDynamicConv.apply(value, kernel_logits, kernel_size, before, after)
     if out is not None and takes_rows(out, value, kernel_logits):
         _forward_out(value, kernel_logits, kernel_size, before, after, out)

@@ -120,7 +120,7 @@ def check(
     shapes = [lead] if packing is not None else [lead, (1, lead[-1]), lead[-1:]]
     for i, rows in enumerate(ids):
         if rows is None:
-            longest = lead[-1] if packing is None else max(packing.lengths, default=0)
+            longest = lead[-1] if packing is None else packing.longest
             if longest > tables[i].shape[0]:
                 raise ValueError(
                     f"ids[{i}] None means positions, for which tables[{i}] has {tables[i].shape[0]} rows, got a "

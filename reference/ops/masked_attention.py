@@ -215,7 +215,7 @@ def check(
         _check_packed(q, k, v, shapes, lengths, mask, causal, packing)
         scores = (1, q.shape[1], 1, 1)
         of_queries, of_keys = both_packings(packing)
-        longest = max([0, *of_queries.lengths, *of_keys.lengths])
+        longest = 0 if relative is None else max([0, *of_queries.lengths, *of_keys.lengths])
     else:
         if {q.dim(), k.dim()} != {4} or k.shape != v.shape or q.shape[::2] != k.shape[::2] or q.shape[3] != k.shape[3]:
             raise ValueError(f"q must have shape (B, Sq, H, D), k and v (B, Sk, H, D), got {shapes}")
@@ -250,7 +250,7 @@ def _check_packed(
     of_queries, of_keys = both_packings(packing)
     check_packing(of_queries, q)
     check_packing(of_keys, k)
-    if len(of_queries.lengths) != len(of_keys.lengths):
+    if of_queries is not of_keys and len(of_queries.lengths) != len(of_keys.lengths):
         raise ValueError(
             "the packings of queries and keys must have as many sequences, got "
             f"{len(of_queries.lengths)} and {len(of_keys.lengths)}"
