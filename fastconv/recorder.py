@@ -22,7 +22,7 @@ class Recorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._lock = threading.RLock()  # a model may call another
-        # On which nothing else should run. torch hands out the same 32 streams of a priority again and again, and hardly
+        # Nothing else should run on it. torch hands out the same 32 streams of a priority again and again, and hardly
         # anybody asks for those of a high one.
         self._stream = torch.cuda.Stream(device, priority=-1)
         self._done = torch.cuda.Event()

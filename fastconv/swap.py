@@ -232,13 +232,13 @@ def accelerate(model: M, *, padding: str = "keep", backend: str = "auto", graphs
     least 64. It is recorded by the first call that needs it, and a model keeps the 32 that it used last. Results are
     the caller's own. Threads and streams may call at once; the replays of a device run one after the other. While a
     call records, what waits for the whole device or draws random numbers on it in other threads may fail, as in every
-    capture of torch's. With padding="keep" graphs run batches without padding, by one look at the mask, if one is given. Eager are, with a
-    warning once: calls on a CPU, with backend "native", in training mode, with gradients (outside torch.no_grad()),
-    with hooks inside the model, and those that padding="remove" would not pack; and without a warning batches of more
-    tokens, and those that have padding under padding="keep". Where memory is short, calls like that one are eager from
-    then on, after a warning; where something can't be recorded, all. Adapters are recorded with the model; what they do
-    besides computing is done once. Changes of weights in place are seen; graphs are dropped when weights move, modules
-    change or an adapter is switched, and by restore, copies and pickles.
+    capture of torch's. With padding="keep" graphs run batches without padding, by one look at the mask, if one is
+    given. Eager are, with a warning once: calls on a CPU, with backend "native", in training mode, with gradients
+    (outside torch.no_grad()), with hooks inside the model, and those that padding="remove" would not pack; and without
+    a warning batches of more tokens, and those that have padding under padding="keep". Where memory is short, calls
+    like that one are eager from then on, after a warning; where something can't be recorded, all. Adapters are recorded
+    with the model; what they do besides computing is done once. Changes of weights in place are seen; graphs are
+    dropped when weights move, modules change or an adapter is switched, and by restore, copies and pickles.
 
     Raises: TypeError if model is no nn.Module, or graphs no bool; ValueError for an unknown backend or padding, or
     padding="remove" or graphs of something that holds no whole encoder; RuntimeError if there is nothing to replace.

@@ -963,9 +963,10 @@ def test_cuda_replays(family, padding, dtype, cuda, warned):
 
 
 @needs_cuda
-def test_cuda_waits_for_nothing(cuda):
-    fast = cuda("ConvBert")[1]
-    inputs = on_cuda(of_length(60, "ConvBert"))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cuda_waits_for_nothing(family, cuda):
+    fast = cuda(family)[1]
+    inputs = on_cuda(of_length(60, family))
     mask = Packing.from_mask(inputs.pop("attention_mask"))
     with torch.no_grad():
         fast(**inputs, attention_mask=mask)
