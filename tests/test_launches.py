@@ -104,17 +104,19 @@ def test_launches_of_a_convbert_layer(groups, dtype, limit, device):
     assert 0 < layer.total() <= limit, layer
 
 
-@pytest.mark.parametrize(("cross", "limit"), [(False, 8), (True, 13)], ids=["encoder", "decoder"])
-def test_launches_of_a_bert_layer(cross, limit, device):
+@pytest.mark.parametrize(
+    ("cross", "dtype", "limit"), [(False, torch.float16, 7), (False, torch.float32, 8), (True, torch.float32, 13)]
+)
+def test_launches_of_a_bert_layer(cross, dtype, limit, device):
     def run(layers: int) -> Counter[str]:
         config = reference.BertConfig(
             vocab_size=20, hidden_size=16, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=24,
             max_position_embeddings=8, is_decoder=cross, add_cross_attention=cross,
         )  # fmt: skip
-        model = fastconv.accelerate(reference.BertModel(config)).eval().to(device)
+        model = fastconv.accelerate(reference.BertModel(config)).eval().to(device, dtype)
         ids = torch.randint(1, 20, (2, 5), device=device)
         mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], device=device)
-        states = {"encoder_hidden_states": torch.randn(2, 3, 16, device=device)} if cross else {}
+        states = {"encoder_hidden_states": torch.randn(2, 3, 16, device=device, dtype=dtype)} if cross else {}
         with torch.inference_mode():
             return launches(lambda: model(ids, attention_mask=mask, use_cache=False, **states), device)
 
