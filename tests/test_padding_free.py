@@ -127,6 +127,20 @@ def test_other_attention_of_transformers(family, attention):
             check(family, model, fast, ids_of(family, 4, S), mask_of(kind), output_hidden_states=True)
 
 
+@pytest.mark.parametrize(("source", "family"), MODELS)
+def test_rows_of_products_on_a_cpu(source, family):
+    model, fast = pair(source, family + "Model")
+    widths = []
+    fast.encoder.register_forward_pre_hook(lambda _, given: widths.append(given[0].shape[1]))
+    for tokens in range(S - 4, S + 5):
+        keep = torch.arange(S) < torch.tensor([S - 4, tokens - (S - 4)])[:, None]
+        check(family, model, fast, ids_of(family, 2, S), keep, output_hidden_states=True)
+        embeds = {"inputs_embeds": torch.randn(2, S, model.config.hidden_size, dtype=torch.float64)}
+        if family == "Bert":
+            check(family, model, fast, embeds, keep)
+    assert set(widths) == {-(-tokens // 8) * 8 for tokens in range(S - 4, S + 5)}
+
+
 def test_several_sequences_in_a_row():
     model, fast = pair("reference", "BertModel")
     inputs = {"input_ids": draw(3, S)}
