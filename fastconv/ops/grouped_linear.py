@@ -130,6 +130,6 @@ def _native(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, activatio
         y = torch.cat(parts, -1)
         return y if fused == activation else function(y)
     # One batched product over the groups; the bias goes in with it.
-    split = x.reshape(-1, groups, size_in).transpose(0, 1)
+    split = x[None].unflatten(-1, (groups, size_in)).flatten(0, -3).transpose(0, 1)
     y = torch.baddbmm(bias.view(groups, 1, size_out), split, weight).transpose(0, 1)
     return function(y.reshape(*x.shape[:-1], groups * size_out))
