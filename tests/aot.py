@@ -1,6 +1,6 @@
 """The ahead-of-time gate: compiles every Triton kernel for every launch config, for four GPUs, without a GPU.
 
-    python tests/aot.py [--targets sm_90,gfx942] [--full] [--json FILE]
+    python tests/aot.py [--targets sm_90,gfx942] [--dtypes bfloat16] [--full] [--json FILE]
 
 It finds the kernels by itself: every module of fastconv.kernels that defines a `..._kernel` must have a generator
 `launches(dtype, device)` that makes every launch that its `pick_config` can choose. Here these launches are recorded
@@ -88,6 +88,7 @@ TARGETS = {
         Target("gfx942", GPUTarget("hip", "gfx942", 64), 94, 304, 64 * 1024),  # MI300X
     )
 }
+_DTYPES = ("bfloat16", "float32", "float16")
 _MAX_THREADS = 1024
 # ptxas of triton 3.9 reserves a frame of 8 bytes that no instruction uses, where in the end it keeps predicates in a
 # register. Such a frame counts only if the machine code has an access to local memory.
@@ -382,6 +383,7 @@ def _summed_up(results: list[Result]) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated, of: %(default)s")
+    parser.add_argument("--dtypes", default=",".join(_DTYPES), help="comma-separated, of: %(default)s")
     parser.add_argument("--package", default="fastconv.kernels", help="the package of kernels (default: %(default)s)")
     parser.add_argument("--full", action="store_true", help="a row for every launch, and disassemble every launch")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write every launch's figures")
@@ -389,15 +391,17 @@ def main(argv: list[str] | None = None) -> int:
         "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: %(default)s)"
     )
     args = parser.parse_args(argv)
-    unknown = set(args.targets.split(",")) - set(TARGETS)
-    if unknown:
-        parser.error(f"unknown target {', '.join(sorted(unknown))}: expected some of {','.join(TARGETS)}")
+    for kind, given, known in (("target", args.targets, TARGETS), ("dtype", args.dtypes, _DTYPES)):
+        unknown = set(given.split(",")) - set(known)
+        if unknown:
+            parser.error(f"unknown {kind} {', '.join(sorted(unknown))}: expected some of {','.join(known)}")
 
     start = time.perf_counter()
     package = importlib.import_module(args.package)
     names = [m.name for m in pkgutil.iter_modules(package.__path__)]
     modules = [importlib.import_module(f"{args.package}.{name}") for name in names]
     launches, missing = record(modules, [TARGETS[name] for name in args.targets.split(",")])
+    launches = [launch for launch in launches if str(launch.dtype).removeprefix("torch.") in args.dtypes.split(",")]
     results = compile_all(launches, disassemble_all=args.full, jobs=args.jobs)
     problems = missing + _summed_up(results)
     if not launches:

@@ -79,11 +79,17 @@ def test_aot_bad_kernels_fail(tmp_path):
     assert len(figures["problems"]) == len(expected)
 
 
-def test_aot_refuses_unknown_target():
-    command = [sys.executable, TESTS / "aot.py", "--targets", "sm_1"]
-    done = subprocess.run(command, capture_output=True, text=True)
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--targets=sm_1", "unknown target sm_1: expected some of sm_80,sm_90,sm_100,gfx942"),
+        ("--dtypes=fp8", "unknown dtype fp8: expected some of bfloat16,float32,float16"),
+    ],
+)
+def test_aot_refuses_what_it_does_not_know(option, said):
+    done = subprocess.run([sys.executable, TESTS / "aot.py", option], capture_output=True, text=True)
     assert done.returncode == 2
-    assert "unknown target sm_1: expected some of sm_80,sm_90,sm_100,gfx942" in done.stderr
+    assert said in done.stderr
 
 
 def test_aot_inspect_ptx_instructions():
