@@ -255,8 +255,9 @@ class PaddingFree:
 def _rounded(packed: dict[str, Any], packing: Packing) -> tuple[dict[str, Any], Packing]:
     """A call's arguments (1, T, ...) and packing on a CPU with a sequence more, unseen, that makes T a multiple of 8.
 
-    Of other numbers oneDNN's product takes longer, of a quarter of them by 1.12 to 1.5 times (768 x 768 in fp32, T up
-    to 2,060, 2 cores of an AMD EPYC with AVX-512, torch 2.13.0): it cuts them into uneven blocks.
+    Of many other numbers oneDNN's product takes 1.12 to 1.5 times as long a row (mkldnn._linear_pointwise of 768 x 768
+    in fp32, T of 100 to 2,060, 2 cores of an AMD EPYC with AVX-512, torch 2.13.0, 2026-11-20). With the multiple
+    `fastconv verify convbert-base --padding remove --batch 32 --rounds 9` went from 1.78x to 2.02x of the padded run.
     """
     more = -packing.tokens % 8
     if more == 0 or packing.cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
