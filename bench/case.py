@@ -5,10 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
-import checkout  # noqa: F401 (makes fastconv importable)
 import torch
-from timing import Run
 
+from fastconv.bench.timing import Run
 from fastconv.tolerance import Comparison, compare
 
 Op = Callable[..., torch.Tensor]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import conv_branch_cases
-import dense_cases
-import embedding_norm_cases
-import layer_norm_cases
-import masked_attention_cases
-import masked_lm_loss_cases
-import separable_conv_cases
-import span_dynamic_conv_cases
-import span_kernel_logits_cases
 import torch
-from case import BenchCase
+
+from fastconv.bench import (
+    conv_branch_cases,
+    dense_cases,
+    embedding_norm_cases,
+    layer_norm_cases,
+    masked_attention_cases,
+    masked_lm_loss_cases,
+    separable_conv_cases,
+    span_dynamic_conv_cases,
+    span_kernel_logits_cases,
+)
+from fastconv.bench.case import BenchCase
 
 _MODULES = (
     layer_norm_cases,

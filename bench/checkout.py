@@ -1,7 +1,7 @@
 """Importing this makes `import fastconv` import this checkout, here and in processes started from another folder.
 
-An installation arranges the folders kernels/ and reference/ inside the package; where there is none (a machine without
-pip or without a network), or only one of another checkout, a temporary folder of symbolic links does.
+An installation arranges the folders kernels/, reference/ and bench/ inside the package; where there is none (a machine
+without pip or without a network), or only one of another checkout, a temporary folder of symbolic links does.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def _importable() -> bool:
     # Each by itself: from the root as the current folder the package is found, and an installation's kernels.
-    folders = {"fastconv": ROOT / "fastconv", "fastconv.kernels": ROOT / "kernels"}
+    folders = {"fastconv": ROOT / "fastconv", "fastconv.kernels": ROOT / "kernels", "fastconv.bench": ROOT / "bench"}
     for name, folder in folders.items():
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None or Path(spec.origin).resolve().parent != folder:
@@ -32,7 +32,7 @@ def _link() -> None:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     package = folder / "fastconv"
     package.mkdir()
-    for source in (*(ROOT / "fastconv").iterdir(), ROOT / "kernels", ROOT / "reference"):
+    for source in (*(ROOT / "fastconv").iterdir(), ROOT / "kernels", ROOT / "reference", ROOT / "bench"):
         if source.name != "__pycache__":
             (package / source.name).symlink_to(source)
     sys.path.insert(0, str(folder))

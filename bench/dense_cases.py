@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from case import BenchCase, Op, Tensors
 
+from fastconv.bench.case import BenchCase, Op, Tensors
 from fastconv.ops import grouped_linear, linear_act
 from fastconv.reference.ops import grouped_linear as reference_grouped_linear
 from fastconv.reference.ops import linear_act as reference_linear_act

@@ -8,9 +8,9 @@ from functools import cached_property
 
 import torch
 import torch.nn.functional as F
-from case import BenchCase, Op, Tensors, ends
 
 from fastconv import Packing
+from fastconv.bench.case import BenchCase, Op, Tensors, ends
 from fastconv.ops import embedding_norm
 from fastconv.reference.ops import embedding_norm as reference_embedding_norm
 from fastconv.tolerance import Comparison, compare

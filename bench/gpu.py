@@ -21,12 +21,13 @@ import tempfile
 from pathlib import Path
 
 import torch
-from cases import cases
 from checkout import ROOT
-from provenance import provenance
-from report import RESULTS, report
-from roofs import measure
-from run import rounds, run
+
+from fastconv.bench.cases import cases
+from fastconv.bench.provenance import provenance
+from fastconv.bench.report import RESULTS, report
+from fastconv.bench.roofs import measure
+from fastconv.bench.run import rounds, run
 
 _VERSIONS = ("code", "torch", "triton")  # a figure holds for these
 

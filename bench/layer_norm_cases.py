@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from case import BenchCase, Op, Tensors, ends
 
+from fastconv.bench.case import BenchCase, Op, Tensors, ends
 from fastconv.ops import layer_norm
 from fastconv.reference.ops import layer_norm as reference_layer_norm
 from fastconv.tolerance import Comparison, compare

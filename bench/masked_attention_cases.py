@@ -8,10 +8,10 @@ from functools import cached_property
 
 import torch
 import torch.nn.functional as F
-from case import BenchCase, Op, Tensors
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastconv import Packing
+from fastconv.bench.case import BenchCase, Op, Tensors
 from fastconv.ops import masked_attention
 from fastconv.reference.ops import masked_attention as reference_masked_attention
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from case import BenchCase, Op, Tensors
 
+from fastconv.bench.case import BenchCase, Op, Tensors
 from fastconv.ops import masked_lm_loss
 from fastconv.reference.ops import masked_lm_loss as reference_masked_lm_loss
 

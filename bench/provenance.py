@@ -7,23 +7,38 @@ import importlib.metadata
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
-from checkout import ROOT
+
+import fastconv
+import fastconv.bench
+import fastconv.kernels
+import fastconv.reference
+
+_HERE = Path(__file__).resolve().parent
+_PACKAGES = (fastconv, fastconv.kernels, fastconv.reference, fastconv.bench)
 
 
 def code_state() -> str:
-    """A hash of all sources that a figure depends on. It needs no git and is the same for the same files."""
+    """A hash of all sources that a figure depends on. It needs no git and is the same for the same files.
+
+    By their names in the package, which are the same in a checkout and in an installation.
+    """
+    files = {}
+    for package in _PACKAGES:
+        folder = Path(package.__path__[0])
+        within = Path(*package.__name__.split("."))
+        files |= {within / path.relative_to(folder): path for path in folder.rglob("*.py")}
     digest = hashlib.sha256()
-    for folder in ("fastconv", "kernels", "reference", "bench"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    for name, path in sorted(files.items()):
+        digest.update(f"{name}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
 def _git(*args: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True, check=True)
+        done = subprocess.run(["git", "-C", _HERE, *args], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()

@@ -12,10 +12,9 @@ import json
 import sys
 from pathlib import Path
 
-from checkout import ROOT
-from provenance import code_state
+from fastconv.bench.provenance import code_state
 
-RESULTS = ROOT / "bench" / "results"
+RESULTS = Path(__file__).parent / "results"
 
 
 def report(results: dict, code: str) -> str:

@@ -6,7 +6,8 @@ import statistics
 from dataclasses import dataclass
 
 import torch
-from timing import interleaved
+
+from fastconv.bench.timing import interleaved
 
 
 @dataclass(frozen=True)

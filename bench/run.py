@@ -23,13 +23,13 @@ from pathlib import Path
 
 import torch
 import torch._functorch.config
-from case import BenchCase
-from cases import cases
-from provenance import provenance
-from roofs import Roofs, measure
-from timing import Run, interleaved, median_ratio
 
 from fastconv import backend
+from fastconv.bench.case import BenchCase
+from fastconv.bench.cases import cases
+from fastconv.bench.provenance import provenance
+from fastconv.bench.roofs import Roofs, measure
+from fastconv.bench.timing import Run, interleaved, median_ratio
 from fastconv.parity.measure import peak_bytes
 
 RIVALS = ("copy", "torch", "HF", "bmm", "torch.compile")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from case import BenchCase, Op, Tensors
 
+from fastconv.bench.case import BenchCase, Op, Tensors
 from fastconv.ops import span_dynamic_conv
 from fastconv.reference.ops import span_dynamic_conv as reference_span_dynamic_conv
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from case import BenchCase, Op, Tensors
 
+from fastconv.bench.case import BenchCase, Op, Tensors
 from fastconv.ops import linear_act, separable_conv, span_kernel_logits
 from fastconv.reference.ops import span_kernel_logits as reference_span_kernel_logits
 

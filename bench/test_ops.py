@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import cases
 
 from fastconv import backend
+from fastconv.bench.cases import cases
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -21,8 +21,8 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def bench(monkeypatch):
     """Imports a module of bench/ by name."""
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    return importlib.import_module
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))  # as python does for the script gpu.py
+    return lambda name: importlib.import_module(name if name == "gpu" else f"fastconv.bench.{name}")
 
 
 def script(name: str, *args: object, **environment: str) -> subprocess.CompletedProcess:
