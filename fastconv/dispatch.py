@@ -79,8 +79,8 @@ _INTERPRETING = _TRITON_INSTALLED and os.environ.get("TRITON_INTERPRET", "0").lo
 )
 
 
-def _unsupported(device: torch.device) -> str | None:
-    """Why Triton can't run on `device`; None where it can."""
+def unsupported(device: torch.device) -> str | None:
+    """Why Triton's compiler can't make kernels for `device`; None where it can."""
     if not _TRITON_INSTALLED:
         return "the package triton is not installed"
     if device.type != "cuda":
@@ -91,7 +91,7 @@ def _unsupported(device: torch.device) -> str | None:
     return None
 
 
-_unsupported_once = functools.cache(_unsupported)
+_unsupported_once = functools.cache(unsupported)
 
 
 def use_triton(x: torch.Tensor) -> bool:
@@ -104,7 +104,7 @@ def use_triton(x: torch.Tensor) -> bool:
     if chosen == "auto" and x.device.type != "cuda":
         return False
     # Dynamo traces through a cache, with a warning: in a trace, which runs once, the function itself will do.
-    ask = _unsupported if torch.compiler.is_compiling() else _unsupported_once
+    ask = unsupported if torch.compiler.is_compiling() else _unsupported_once
     reason = ask(x.device)
     if reason is not None and chosen == "triton":
         raise RuntimeError(f"backend 'triton' can't run: {reason}; use backend 'auto' or 'native'")

@@ -27,6 +27,7 @@ from fastconv.nn.embeddings import (
     TransformersEmbeddings,
     TransformersRoCBertEmbeddings,
 )
+from fastconv.nn.encoder_layer import EncoderLayer
 from fastconv.nn.feed_forward import Intermediate, PredictionTransform, ResidualOutput
 from fastconv.nn.grouped_linear import GroupedLinear
 from fastconv.nn.layer_norm import LayerNorm
@@ -58,6 +59,7 @@ _FORWARDS: dict[str, type] = {
     "fastconv.reference.bert.BertSelfAttention": SelfAttention,
     "fastconv.reference.convbert.ConvBertSelfAttention": MixedAttention,
     "fastconv.reference.layers.Embeddings": Embeddings,
+    "fastconv.reference.layers.EncoderLayer": EncoderLayer,
     "fastconv.reference.layers.GroupedLinear": GroupedLinear,
     "fastconv.reference.layers.Intermediate": Intermediate,
     "fastconv.reference.layers.PredictionTransform": PredictionTransform,
@@ -82,6 +84,7 @@ _FORWARDS: dict[str, type] = {
     f"{_BERT}.BertSelfAttention": SelfAttention,
     f"{_BERT}.BertSdpaSelfAttention": SelfAttention,
     f"{_BERT}.BertCrossAttention": CrossAttention,
+    f"{_BERT}.BertLayer": EncoderLayer,
     f"{_BERT}.BertIntermediate": Intermediate,
     f"{_BERT}.BertPredictionHeadTransform": PredictionTransform,
     f"{_BERT}.BertSelfOutput": ResidualOutput,
@@ -93,6 +96,7 @@ _FORWARDS: dict[str, type] = {
     f"{_CONVBERT}.ConvBertSelfAttention": MixedAttention,
     f"{_CONVBERT}.GroupedLinearLayer": GroupedLinear,
     f"{_CONVBERT}.SeparableConv1D": ChannelsFirstSeparableConv1D,
+    f"{_CONVBERT}.ConvBertLayer": EncoderLayer,
     f"{_CONVBERT}.ConvBertIntermediate": Intermediate,
     f"{_CONVBERT}.ConvBertPredictionHeadTransform": PredictionTransform,
     f"{_CONVBERT}.ConvBertSelfOutput": ResidualOutput,
@@ -101,6 +105,7 @@ _FORWARDS: dict[str, type] = {
     f"{_ROC_BERT}.RoCBertEmbeddings": TransformersRoCBertEmbeddings,
     f"{_ROC_BERT}.RoCBertSelfAttention": SelfAttention,
     f"{_ROC_BERT}.RoCBertCrossAttention": CrossAttention,
+    f"{_ROC_BERT}.RoCBertLayer": EncoderLayer,
     f"{_ROC_BERT}.RoCBertIntermediate": Intermediate,
     f"{_ROC_BERT}.RoCBertPredictionHeadTransform": PredictionTransform,
     f"{_ROC_BERT}.RoCBertSelfOutput": ResidualOutput,
@@ -164,8 +169,9 @@ def _swapped_class(original: Any) -> Any:
     bases = (Swapped, forward) if issubclass(forward, original) else (Swapped, forward, original)
     members: dict[str, Any] = {"fastconv_original": original, "__module__": __name__}
     name = f"Fast{original.__name__}"
-    if issubclass(forward, (PaddingFree, LossOnly, TransformersLossOnly)):
-        # Files and transformers' registries name a model's class, and trainers read its forward's arguments.
+    if issubclass(forward, (PaddingFree, LossOnly, TransformersLossOnly, EncoderLayer)):
+        # Files and transformers' registries name a model's class, policies that wrap layers name theirs, and trainers
+        # read a forward's arguments.
         name, members["__module__"], members["__qualname__"] = (
             original.__name__,
             original.__module__,
@@ -221,6 +227,10 @@ def accelerate(model: M, *, padding: str = "keep", backend: str = "auto", graphs
     Parameters stay the same objects and state_dict the same; for inference the weights of the query, key and value
     layers (and of ConvBERT's convolution input) become neighbours in memory. What was replaced and what was left is
     logged at level INFO by the logger "fastconv". Accelerating twice is accelerating once.
+
+    In training by kernels a whole layer is one autograd function, with fewer launches than its modules have. Layers
+    with hooks, adapters or unknown modules inside, calls under autocast, torch.compile or torch.func, and those that
+    ask for more than masks run the modules one by one, as inference does.
 
     The heads over the vocabulary (MaskedLM, LM, PreTraining) take `loss_only=True` in a call, transformers' too: the
     output has the loss but no logits, which are not computed (see `ops.masked_lm_loss`), and tokens without a label

@@ -12,7 +12,12 @@ Names, the same in every file:
 
 Rules: every load is upcast at once and every store casts back (the interpreter's bf16 arithmetic is wrong without an
 error); address arithmetic is int64; sums that cross programs go through partial sums, never through atomics, so that
-two runs give the same bits.
+two runs give the same bits; numbers of sequences, of tokens and of programs are `do_not_specialize`, as long as no wide
+access or register hangs on what is known of them: or a kernel would be compiled anew for a batch of 1 or a length of 16
+(tests/test_warmup.py counts the variants).
+
+`pick_config(kernel, shape, dtype, card)` is a rule, pure and decorated with `tuned` (_configs.py): tables of what was
+measured on a card go before it. The decorator says what a search may vary, and what makes a config impossible.
 
 `launches(dtype, device)` of a module makes every launch that its `pick_config` can choose, on empty tensors; the
 ahead-of-time gate (tests/aot.py) records and compiles them. It wants 16-byte loads and stores wherever a tile has so

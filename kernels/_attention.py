@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from . import MAX_FP32_HEAD_SIZE, _launch
+from ._configs import Card, matrix_problem, tuned
 from .grouped_linear import precision
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -210,20 +211,38 @@ _FP32 = {
 _FEW_PROGRAMS = 132
 
 
-def pick_config(kernel: str, shape: tuple[int, int, int], itemsize: int, capability: int, *, busy: bool) -> Config:
-    """Launch config of a kernel ("fwd", "dq" or "dkv") for `shape` (B * H, Sq, D). Not tuned on a card yet.
+def _check(kernel: str, shape: tuple[int, ...], dtype: torch.dtype, card: Card, config: Config) -> str | None:
+    # A program has its queries, or keys, with sums for all channels of a head, of two gradients for keys, and walks the
+    # others, of which it reads two tensors.
+    block_d, q, k = head_block(shape[2]), config.block_q, config.block_k
+    sums, staged = (2 * k, 2 * q) if kernel == "masked_attention_bwd_dkv" else (q, 2 * k)
+    return matrix_problem(card, dtype, config, (q, k), sums * block_d, staged * block_d)
+
+
+@tuned(
+    "masked_attention_fwd",
+    "masked_attention_bwd_dq",
+    "masked_attention_bwd_dkv",
+    vary=("block_q", "block_k", "num_warps", "num_stages"),
+    config=Config,
+    check=_check,
+    rounded=2,
+)
+def pick_config(kernel: str, shape: tuple[int, int, int, int], dtype: torch.dtype, card: Card) -> Config:
+    """Launch config of a kernel for `shape` (B * H, Sq, D, busy). Not tuned on a card yet.
 
     Half precision: wgmma wants 64 rows a group of 4 warps. fp32 runs on the ordinary arithmetic units, which need a
-    register for every operand. busy: whether each score costs registers beside: see `Masks.busy`.
+    register for every operand. busy, 0 or 1: whether each score costs registers beside: see `Masks.busy`.
     """
-    heads, Sq, D = shape
+    heads, Sq, D, busy = shape
+    kernel = kernel.rpartition("_")[2]
     block_d = max(64, head_block(D))
-    if itemsize > 2:
+    if dtype.itemsize > 2:
         config = _FP32[kernel, block_d][busy]
     elif kernel == "fwd" and Sq <= 16:
         config = Config(16, 64 if block_d <= 128 else 32, 4, 2, 255)
     else:
-        table = _HALF if capability >= 90 and not _launch.is_amd() else _HALF_REGISTERS
+        table = _HALF if card.capability >= 90 and not _launch.is_amd() else _HALF_REGISTERS
         large, small = table[kernel, block_d]
         few = kernel == "fwd" and heads * triton.cdiv(Sq, large.block_q) < _FEW_PROGRAMS
         config = small if busy or few else large
@@ -266,6 +285,11 @@ class Masks:
     def busy(self, dropout_p: float) -> bool:
         """Whether each score costs registers beside: a mask of pairs, a packing's bounds, dropout."""
         return self.of_pairs or bool(self.packed) or dropout_p > 0.0
+
+    def config(self, kernel: str, q: torch.Tensor, dropout_p: float) -> Config:
+        """The launch config of a kernel for q (B, Sq, H, D)."""
+        B, Sq, H, D = q.shape
+        return pick_config(kernel, (B * H, Sq, D, int(self.busy(dropout_p))), q.dtype, _launch.card(q))
 
     def pointers(self, *, of_keys: bool) -> tuple[torch.Tensor | None, ...]:
         """lengths, mask, first and last as the kernels take them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
@@ -33,15 +34,32 @@ def sm_count(x: torch.Tensor) -> int:
     return _sm_count(x.device.index) if x.is_cuda else _INTERPRETER_SMS
 
 
+class Card(NamedTuple):
+    """What launch configs depend on: a GPU's name, its compute capability, as 90 for Hopper, and shared memory.
+
+    shared: bytes that a block can have
+    """
+
+    name: str
+    capability: int
+    shared: int
+
+
+# Stands for the interpreter.
+INTERPRETER = Card("interpreter", 90, 227 * 1024)
+
+
 @functools.cache
-def _capability(device_index: int) -> int:
-    major, minor = torch.cuda.get_device_capability(device_index)
-    return 10 * major + minor
+def _card(device_index: int) -> Card:
+    properties = torch.cuda.get_device_properties(device_index)
+    # torch doesn't tell it of AMD's.
+    shared = getattr(properties, "shared_memory_per_block_optin", 64 * 1024)
+    return Card(properties.name, 10 * properties.major + properties.minor, shared)
 
 
-def capability(x: torch.Tensor) -> int:
-    """The compute capability of x's card, as 90 for Hopper; in the interpreter that."""
-    return _capability(x.device.index) if x.is_cuda else 90
+def card(x: torch.Tensor) -> Card:
+    """x's card."""
+    return _card(x.device.index) if x.is_cuda else INTERPRETER
 
 
 def is_amd() -> bool:

@@ -19,21 +19,22 @@ Devlin et al., arXiv 1810.04805, section 3.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 
 from . import _launch, layer_norm
+from ._configs import KERNELS, Card, any_config, tuned
 from ._dropout import keep_mask
 
 MAX_CHANNELS = layer_norm.MAX_CHANNELS
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S"])
 def _embedding_norm_fwd_kernel(
-    ids_ptr,  # for each table (B, S) int, not read for the table POSITIONS
+    ids_ptr,  # for each table (B, S) or (1, S) int, contiguous, not read for the table POSITIONS
     table_ptr,  # for each table (V, C)
     embeds_ptr,  # (T, C)
     weight_ptr,  # (C,)
@@ -47,8 +48,7 @@ def _embedding_norm_fwd_kernel(
     S,
     C,
     V,  # for each table
-    stride_ib,  # for each table
-    stride_is,  # for each table
+    own_ids,  # for each table: 1 if every sequence has a row of ids of its own, 0 if there is one for all
     stride_vr,  # for each table
     stride_et,
     eps,
@@ -81,7 +81,7 @@ def _embedding_norm_fwd_kernel(
         if i == POSITIONS:
             row = offs_s
         else:
-            offs_i = offs_b * stride_ib[i] + offs_s * stride_is[i]
+            offs_i = offs_b * S * own_ids[i] + offs_s
             row = tl.load(ids_ptr[i] + offs_i, mask=mask_t, other=0).to(tl.int64)
         # An id outside of its table reads nothing.
         mask_r = mask_t & (row >= 0) & (row < V[i])
@@ -202,7 +202,19 @@ class TableConfig:
 _FWD_REGISTERS, _TABLE_REGISTERS = 128, 128
 
 
-def pick_table_config(shape: tuple[int, int]) -> TableConfig:
+@tuned(
+    "embedding_norm_fwd", vary=("block_t", "num_warps", "registers"), config=layer_norm.Config, check=layer_norm.check
+)
+def pick_config(kernel: str, shape: tuple[int, int], dtype: torch.dtype, card: Card) -> layer_norm.Config:
+    """Launch config of the forward for y of `shape` (T, C): a LayerNorm's, with registers for rows of five tables."""
+    config = KERNELS["layer_norm_fwd"].rule("layer_norm_fwd", shape, dtype, card)
+    return replace(config, registers=_FWD_REGISTERS)
+
+
+@tuned(
+    "embedding_norm_bwd_table", vary=("chunk", "block_t", "block_c", "num_warps"), config=TableConfig, check=any_config
+)
+def pick_table_config(kernel: str, shape: tuple[int, int], dtype: torch.dtype, card: Card) -> TableConfig:
     """Launch config for dz of `shape` (T, C). Not tuned on a card yet.
 
     A program of a row that many tokens have reads T / chunk partial sums and up to 2 * chunk tokens: chunk is about
@@ -241,12 +253,14 @@ def embedding_norm_fwd(
     rstd = torch.empty(tokens, dtype=stats, device=y.device) if save else None
     if tokens == 0:
         return y, z, mean, rstd
-    batch = (tokens // lead[-1], lead[-1])
     # What stands for positions is not read.
-    rows = [(weight[:1] if i is None else i).expand(batch) for i in ids]
+    rows = [weight[:1, None] if i is None else _rows_of_ids(i) for i in ids]
+    # One sequence's are its own: one variant of the kernel less, or two.
+    alone = tokens == lead[-1]
+    own_ids = tuple(int(i is None or alone or row.shape[0] > 1) for i, row in zip(ids, rows, strict=True))
     tables = [_launch.rows(table) for table in tables]
     embeds = None if embeds is None else _launch.rows(embeds)
-    config = layer_norm.pick_config((tokens, channels))
+    config = pick_config("embedding_norm_fwd", (tokens, channels), out_dtype, _launch.card(y))
     with _launch.device_of(y):
         _embedding_norm_fwd_kernel[(triton.cdiv(tokens, config.block_t),)](
             tuple(rows),
@@ -263,8 +277,7 @@ def embedding_norm_fwd(
             lead[-1],
             channels,
             tuple(table.shape[0] for table in tables),
-            tuple(i.stride(0) for i in rows),
-            tuple(i.stride(1) for i in rows),
+            own_ids,
             tuple(table.stride(0) for table in tables),
             0 if embeds is None else embeds.stride(0),
             eps,
@@ -279,9 +292,15 @@ def embedding_norm_fwd(
             SAVE=save,
             BLOCK_T=config.block_t,
             BLOCK_C=config.block_c,
-            **_launch.options(config.num_warps, _FWD_REGISTERS),
+            **_launch.options(config.num_warps, config.registers),
         )
     return y, z, mean, rstd
+
+
+def _rows_of_ids(ids: torch.Tensor) -> torch.Tensor:
+    """(B, S), (1, S) or (S,) as (B, S) or, where all rows are the same one in memory, (1, S), contiguous."""
+    ids = ids if ids.dim() > 1 else ids[None]
+    return (ids[:1] if ids.stride(0) == 0 else ids).contiguous()
 
 
 def embedding_norm_bwd(
@@ -322,7 +341,7 @@ def embedding_norm_bwd_table(
     else:
         ordered, order = ids.reshape(-1).sort(stable=True)
     starts = torch.searchsorted(ordered, torch.arange(rows + 1, dtype=ordered.dtype, device=dz.device))
-    config = pick_table_config((tokens, channels))
+    config = pick_table_config("embedding_norm_bwd_table", (tokens, channels), dz.dtype, _launch.card(dz))
     chunks, blocks = tokens // config.chunk, triton.cdiv(channels, config.block_c)
     partial = torch.empty(chunks, channels, dtype=wide, device=dz.device)
     dtable = torch.empty(rows, channels, dtype=dtype, device=dz.device)

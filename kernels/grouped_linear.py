@@ -29,6 +29,7 @@ import triton.language as tl
 
 from . import _launch
 from ._activations import ONE_NAME_EACH, activate, derivative, function_name
+from ._configs import Card, any_config, matrix_problem, tuned
 from ._reduce import sum_partials
 
 # AMD's matrix instructions leave a thread 4 neighbouring values, 8 bytes of half precision, and its compiler stores
@@ -36,7 +37,7 @@ from ._reduce import sum_partials
 NARROW = {"_grouped_linear_fwd_kernel": dict.fromkeys(("y_ptr", "pre_ptr"), "AMD's accumulators are stored in place")}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _grouped_linear_fwd_kernel(
     x_ptr,  # (T, G*K)
     weight_ptr,  # (G, K, N)
@@ -100,7 +101,7 @@ def _grouped_linear_fwd_kernel(
     tl.store(y_ptr + offs_y, activate(acc, FUNCTION).to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _grouped_linear_bwd_pre_kernel(
     dy_ptr,  # (T, C)
     pre_ptr,  # (T, C)
@@ -168,7 +169,18 @@ _FEW_TILES = 132
 _INTERPRETED = not isinstance(_grouped_linear_fwd_kernel, triton.JITFunction)
 
 
-def pick_config(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Config:
+def _check(kernel: str, shape: tuple[int, ...], dtype: torch.dtype, card: Card, config: Config) -> str | None:
+    t, n, k = config.block_t, config.block_n, config.block_k
+    return matrix_problem(card, dtype, config, (t, n, k), t * n, (t + n) * k)
+
+
+@tuned(
+    "grouped_linear_fwd",
+    vary=("block_t", "block_n", "block_k", "num_warps", "num_stages"),
+    config=Config,
+    check=_check,
+)
+def pick_config(kernel: str, shape: tuple[int, int, int, int], dtype: torch.dtype, card: Card) -> Config:
     """Launch config for the product of `shape` (T, G, K, N). Not tuned on a card yet.
 
     Half precision: wgmma wants 64 rows a group of 4 warps; 3 or 4 stages of 64 channels are in flight, two blocks of
@@ -188,9 +200,13 @@ def pick_config(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Config:
     return Config(block_t, block_n, 64, 8, 8 if large else 4, 3 if large else 4, 255)
 
 
-def pick_pre_config(channels: int, itemsize: int) -> PreConfig:
-    """Launch config of the backward's elementwise kernel: a warp reads 512 neighbouring bytes, a thread 16 values."""
-    block_c = min(512 // itemsize, max(16, triton.next_power_of_2(channels)))
+@tuned(
+    "grouped_linear_bwd_pre", vary=("block_t", "block_c", "num_warps", "registers"), config=PreConfig, check=any_config
+)
+def pick_pre_config(kernel: str, shape: tuple[int, int], dtype: torch.dtype, card: Card) -> PreConfig:
+    """Launch config for pre (T, C): a warp reads 512 neighbouring bytes, a thread 16 values. Not tuned on a card."""
+    _, channels = shape
+    block_c = min(512 // dtype.itemsize, max(16, triton.next_power_of_2(channels)))
     return PreConfig(2048 // block_c, block_c, 4, 255)
 
 
@@ -220,7 +236,8 @@ def grouped_linear_fwd(
     tokens = rows.shape[0]
     if tokens == 0:
         return y, pre
-    config = pick_config((tokens, groups, size_in, size_out), x.dtype)
+    shape = (tokens, groups, size_in, size_out)
+    config = pick_config("grouped_linear_fwd", shape, x.dtype, _launch.card(x))
     # AMD's compiler keeps all stages but one in shared memory, of which a block has 64 KiB.
     stages = 2 if _launch.is_amd() else config.num_stages
     with _launch.device_of(x):
@@ -257,11 +274,12 @@ def grouped_linear_fwd(
 
 
 def grouped_linear_bwd(
-    dy: torch.Tensor, pre: torch.Tensor, bias: torch.Tensor | None, activation: str
+    dy: torch.Tensor, pre: torch.Tensor, bias: torch.Tensor | None, activation: str, *, add_up: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dpre, contiguous with pre's shape and dtype, and its sum over the tokens, (C,) of that dtype.
 
-    dy and pre (..., C) of one dtype; bias (C,), which pre is without, or None.
+    dy and pre (..., C) of one dtype; bias (C,), which pre is without, or None. add_up=False: the sums of the programs,
+    (1, programs, C) fp32 (fp64 for fp64), instead of theirs.
     """
     shape, dtype = pre.shape, pre.dtype
     dpre = torch.empty(shape, dtype=dtype, device=pre.device)
@@ -270,12 +288,11 @@ def grouped_linear_bwd(
     tokens, channels = pre.shape
     if tokens == 0:
         return dpre, torch.zeros(channels, dtype=dtype, device=pre.device)
-    config = pick_pre_config(channels, dtype.itemsize)
+    config = pick_pre_config("grouped_linear_bwd_pre", (tokens, channels), dtype, _launch.card(pre))
     blocks_c = triton.cdiv(channels, config.block_c)
     # 8 blocks of 4 warps to a multiprocessor: enough loads in flight, few enough partial sums.
     programs = min(triton.cdiv(tokens, config.block_t), triton.cdiv(8 * _launch.sm_count(pre), blocks_c))
-    partial = torch.empty(programs, channels, dtype=_launch.acc_torch(dtype), device=pre.device)
-    dbias = torch.empty(channels, dtype=dtype, device=pre.device)
+    partial = torch.empty(1, programs, channels, dtype=_launch.acc_torch(dtype), device=pre.device)
     with _launch.device_of(pre):
         _grouped_linear_bwd_pre_kernel[(programs, blocks_c)](
             dy,
@@ -294,7 +311,10 @@ def grouped_linear_bwd(
             BLOCK_C=config.block_c,
             **_launch.options(config.num_warps, config.registers),
         )
-    sum_partials(partial[None], dbias[None])
+    if not add_up:
+        return dpre, partial
+    dbias = torch.empty(channels, dtype=dtype, device=pre.device)
+    sum_partials(partial, dbias[None])
     return dpre, dbias
 
 

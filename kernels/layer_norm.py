@@ -26,13 +26,14 @@ import triton
 import triton.language as tl
 
 from . import _launch
+from ._configs import Card, tuned
 from ._dropout import keep_mask
 from ._reduce import sum_partials
 
 MAX_CHANNELS = 8192  # the forward holds a whole token in registers: 16 values a thread at 512 threads
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _layer_norm_fwd_kernel(
     x_ptr,  # (T, C)
     x_bias_ptr,  # (C,)
@@ -97,7 +98,7 @@ def _layer_norm_fwd_kernel(
         tl.store(rstd_ptr + offs_t, rstd, mask=offs_t < T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _layer_norm_bwd_kernel(
     dy_ptr,  # (T, C)
     z_ptr,  # (T, C)
@@ -209,10 +210,25 @@ _FWD_REGISTERS, _BWD_REGISTERS = 80, 255
 _BWD_MAX_BLOCK_C = 4096
 
 
-def pick_config(shape: tuple[int, int], *, backward: bool = False) -> Config:
-    """Launch config for x of `shape` (T, C). Not tuned on a card yet: the rule keeps a thread at 16 values."""
+def whole_token(channels: int) -> int:
+    """The width of a tile with all channels of a token."""
+    return max(4, triton.next_power_of_2(channels))
+
+
+def check(kernel: str, shape: tuple[int, ...], dtype: torch.dtype, card: Card, config: Config) -> str | None:
+    """Why a config can't be: a token's statistics need all its channels, of which a forward has no parts."""
+    whole, parts = whole_token(shape[1]), config.parts if kernel == "layer_norm_bwd" else 1
+    if config.block_c * parts != whole or config.parts != parts:
+        return f"{parts} parts of block_c must be {whole} channels, got {config.parts} of {config.block_c}"
+    return None
+
+
+@tuned("layer_norm_fwd", "layer_norm_bwd", vary=("block_t", "num_warps", "registers"), config=Config, check=check)
+def pick_config(kernel: str, shape: tuple[int, int], dtype: torch.dtype, card: Card) -> Config:
+    """Launch config of a kernel for x of `shape` (T, C). Not tuned on a card yet: a thread has 16 values."""
     tokens, channels = shape
-    block_c = max(4, triton.next_power_of_2(channels))
+    backward = kernel == "layer_norm_bwd"
+    block_c = whole_token(channels)
     parts = max(1, block_c // _BWD_MAX_BLOCK_C) if backward else 1
     block_c //= parts
     block_t = max(1, min(64, (_BWD_TILE if backward else _FWD_TILE) // block_c))
@@ -255,7 +271,7 @@ def layer_norm_fwd(
     rstd = torch.empty(tokens, dtype=stats, device=x.device) if save else None
     if tokens == 0:
         return y, z, mean, rstd
-    config = pick_config((tokens, channels))
+    config = pick_config("layer_norm_fwd", (tokens, channels), x.dtype, _launch.card(x))
     with _launch.device_of(x):
         _layer_norm_fwd_kernel[(triton.cdiv(tokens, config.block_t),)](
             x,
@@ -301,12 +317,13 @@ def layer_norm_bwd(
     dresidual_dtype: torch.dtype | None,
     *,
     dropout_last: bool = False,
+    add_up: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """dx, dresidual and the sums (2 or 3, C): dweight, dbias and, if asked, dx_bias.
 
     dy and z (..., C); dx has `dx_dtype`; dresidual is written if it has a dtype: without dropout it equals dx, so that
     only another dtype is a reason to ask for it. The sums are fp32 (fp64 for fp64). dropout_last: it came after the
-    norm, of y (another op's forward), not of x.
+    norm, of y (another op's forward), not of x. add_up=False: the sums are (2 or 3, programs, C), of each program.
     """
     shape, dy, z2 = dy.shape, _launch.rows(dy), _launch.rows(z)
     weight = weight.contiguous()
@@ -316,10 +333,9 @@ def layer_norm_bwd(
     sums = 3 if has_x_bias else 2
     if tokens == 0:
         return dx, dresidual, torch.zeros(sums, channels, dtype=mean.dtype, device=dy.device)
-    config = pick_config((tokens, channels), backward=True)
+    config = pick_config("layer_norm_bwd", (tokens, channels), dy.dtype, _launch.card(dy))
     programs = min(triton.cdiv(tokens, config.block_t), 2 * _launch.sm_count(dy))
     partial = torch.empty(sums, programs, channels, dtype=mean.dtype, device=dy.device)
-    out = torch.empty(sums, channels, dtype=mean.dtype, device=dy.device)
     with _launch.device_of(dy):
         _layer_norm_bwd_kernel[(programs, config.parts)](
             dy,
@@ -347,6 +363,9 @@ def layer_norm_bwd(
             BLOCK_C=config.block_c,
             **_launch.options(config.num_warps, config.registers),
         )
+    if not add_up:
+        return dx, dresidual, partial
+    out = torch.empty(sums, channels, dtype=mean.dtype, device=dy.device)
     sum_partials(partial, out)
     return dx, dresidual, out
 

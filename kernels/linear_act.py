@@ -16,10 +16,11 @@ import triton.language as tl
 
 from . import _launch
 from ._activations import ONE_NAME_EACH, activate, function_name
+from ._configs import Card, any_config, tuned
 from .grouped_linear import grouped_linear_bwd
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _linear_act_fwd_kernel(
     z_ptr,  # (T, C)
     bias_ptr,  # (C,)
@@ -55,9 +56,11 @@ class Config:
     registers: int  # at most so many a thread
 
 
-def pick_config(channels: int, itemsize: int) -> Config:
+@tuned("linear_act_fwd", vary=("block_t", "block_c", "num_warps", "registers"), config=Config, check=any_config)
+def pick_config(kernel: str, shape: tuple[int, int], dtype: torch.dtype, card: Card) -> Config:
     """Launch config for z (T, C): a warp reads 512 neighbouring bytes, a thread 16 values. Not tuned on a card yet."""
-    block_c = min(512 // itemsize, max(16, triton.next_power_of_2(channels)))
+    _, channels = shape
+    block_c = min(512 // dtype.itemsize, max(16, triton.next_power_of_2(channels)))
     return Config(2048 // block_c, block_c, 4, 128)
 
 
@@ -69,7 +72,7 @@ def linear_act_fwd(z: torch.Tensor, bias: torch.Tensor | None, activation: str) 
     tokens, channels = z.shape
     if tokens == 0:
         return y
-    config = pick_config(channels, z.element_size())
+    config = pick_config("linear_act_fwd", (tokens, channels), z.dtype, _launch.card(z))
     with _launch.device_of(z):
         _linear_act_fwd_kernel[(triton.cdiv(tokens, config.block_t), triton.cdiv(channels, config.block_c))](
             z,

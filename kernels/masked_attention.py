@@ -42,7 +42,6 @@ from ._attention import (
     launch_cases,
     mask_strides,
     masked_scores,
-    pick_config,
     strides,
 )
 from ._dropout import keep_mask
@@ -117,7 +116,7 @@ def _attend(
     return acc, largest, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "Sq", "Sk"])
 def _masked_attention_fwd_kernel(
     q_ptr,  # (B, Sq, H, D)
     k_ptr,  # (B, Sk, H, D)
@@ -225,13 +224,13 @@ def masked_attention_fwd(
     q (B, Sq, H, D), k and v (B, Sk, H, D) of one dtype and any strides with a contiguous last dimension; with a packing
     B is 1. y is `out`, of such strides too, or new and contiguous.
     """
-    B, Sq, H, D = q.shape
+    B, Sq, H, _ = q.shape
     Sk = k.shape[1]
     y = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     stats = torch.empty(2, B, H, Sq, dtype=_launch.acc_torch(q.dtype), device=q.device) if save else None
     if y.numel() == 0:
         return y, stats
-    config = pick_config("fwd", (B * H, Sq, D), q.element_size(), _launch.capability(q), busy=masks.busy(dropout_p))
+    config = masks.config("masked_attention_fwd", q, dropout_p)
     with _launch.device_of(q):
         _masked_attention_fwd_kernel[(triton.cdiv(Sq, config.block_q) * B * H,)](
             q,

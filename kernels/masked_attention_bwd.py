@@ -20,7 +20,6 @@ from ._attention import (
     launch_cases,
     mask_strides,
     masked_scores,
-    pick_config,
     strides,
 )
 from ._dropout import keep_mask
@@ -104,7 +103,9 @@ def _add_dq(
     return dq
 
 
-@triton.jit
+# Not Sq and Sk: where they are multiples of 16, dmask is written 16 bytes at a time, and the kernel of dk and dv keeps
+# what it has in registers (else it spilled on sm_90, triton 3.7.1).
+@triton.jit(do_not_specialize=["B"])
 def _masked_attention_bwd_dq_kernel(
     dy_ptr,  # (B, Sq, H, D)
     q_ptr,  # (B, Sq, H, D)
@@ -117,7 +118,7 @@ def _masked_attention_bwd_dq_kernel(
     first_ptr,  # (Sq,) int32
     last_ptr,  # (Sq,) int32
     seed_ptr,  # () int64
-    dq_ptr,  # (B, Sq, H, D) contiguous
+    dq_ptr,  # (B, Sq, H, D)
     delta_ptr,  # (B, H, Sq) contiguous, fp32
     dmask_ptr,  # (B, H, Sq, Sk) contiguous
     B,
@@ -129,6 +130,7 @@ def _masked_attention_bwd_dq_kernel(
     stride_kb, stride_kt, stride_kh,
     stride_vb, stride_vt, stride_vh,
     stride_yb, stride_yt, stride_yh,
+    stride_dqb, stride_dqt, stride_dqh,
     stride_mb, stride_mh, stride_mq, stride_mk,
     scale,
     dq_scale,
@@ -193,7 +195,7 @@ def _masked_attention_bwd_dq_kernel(
         True, PRECISION, BLOCK_Q, BLOCK_K, BLOCK_D,
     )  # fmt: skip
     offs_d = tl.arange(0, BLOCK_D)
-    offs_dq = ((b * Sq + i) * H + h)[:, None] * D + offs_d[None, :]
+    offs_dq = b * stride_dqb + h * stride_dqh + i.to(tl.int64)[:, None] * stride_dqt + offs_d[None, :]
     dq = (dq * dq_scale).to(dq_ptr.dtype.element_ty)
     tl.store(dq_ptr + offs_dq, dq, mask=(i < Sq)[:, None] & (offs_d < D)[None, :])
 
@@ -274,7 +276,7 @@ def _add_dkv(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _masked_attention_bwd_dkv_kernel(
     dy_ptr,  # (B, Sq, H, D)
     q_ptr,  # (B, Sq, H, D)
@@ -287,8 +289,8 @@ def _masked_attention_bwd_dkv_kernel(
     first_ptr,  # (Sk,) int32, with a packing: the first query that may see each key
     last_ptr,  # (Sk,) int32: one past the last
     seed_ptr,  # () int64
-    dk_ptr,  # (B, Sk, H, D) contiguous
-    dv_ptr,  # (B, Sk, H, D) contiguous
+    dk_ptr,  # (B, Sk, H, D)
+    dv_ptr,  # (B, Sk, H, D), strides of dk
     B,
     Sq,
     Sk,
@@ -297,6 +299,7 @@ def _masked_attention_bwd_dkv_kernel(
     stride_qb, stride_qt, stride_qh,
     stride_kb, stride_kt, stride_kh,
     stride_vb, stride_vt, stride_vh,
+    stride_dkb, stride_dkt, stride_dkh,
     stride_mb, stride_mh, stride_mq, stride_mk,
     scale,
     dk_scale,
@@ -376,7 +379,7 @@ def _masked_attention_bwd_dkv_kernel(
         HAS_DROPOUT, False, PRECISION, BLOCK_Q, BLOCK_K, BLOCK_D,
     )  # fmt: skip
     offs_d = tl.arange(0, BLOCK_D)
-    offs = ((b * Sk + offs_k) * H + h)[:, None] * D + offs_d[None, :]
+    offs = b * stride_dkb + h * stride_dkh + offs_k.to(tl.int64)[:, None] * stride_dkt + offs_d[None, :]
     mask = (offs_k < Sk)[:, None] & (offs_d < D)[None, :]
     tl.store(dk_ptr + offs, (dk * dk_scale).to(dk_ptr.dtype.element_ty), mask=mask)
     tl.store(dv_ptr + offs, dv.to(dv_ptr.dtype.element_ty), mask=mask)
@@ -394,24 +397,24 @@ def masked_attention_bwd(
     seed: torch.Tensor | None,
     scale: float,
     need_dmask: bool,
+    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """dq, dk and dv, contiguous with the shapes and the dtype of q, k and v, and with need_dmask dmask (B, H, Sq, Sk).
+    """dq, dk and dv, with the shapes and the dtype of q, k and v, and with need_dmask dmask (B, H, Sq, Sk).
 
-    dmask has the dtype of the statistics.
+    The first three are `out`, of any strides with a contiguous last dimension, dk's and dv's the same, or new and
+    contiguous. dmask has the dtype of the statistics.
     """
-    B, Sq, H, D = q.shape
+    B, Sq, H, _ = q.shape
     Sk = k.shape[1]
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    dq, dk, dv = out or [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)]
     dmask = torch.zeros(B, H, Sq, Sk, dtype=stats.dtype, device=q.device) if need_dmask else None
     if 0 in (dq.numel(), dk.numel()):
         return dq.zero_(), dk.zero_(), dv.zero_(), dmask
     delta = torch.empty(B, H, Sq, dtype=stats.dtype, device=q.device)
-    about = ((B * H, Sq, D), q.element_size(), _launch.capability(q))
-    busy = masks.busy(dropout_p)
     dropout = (dropout_p, 1.0 / (1.0 - dropout_p))
     sizes = (B, Sq, Sk, H)
     constants = {"HAS_DROPOUT": dropout_p > 0.0, **masks.constants(q, Sk)}
-    config = pick_config("dq", *about, busy=busy)
+    config = masks.config("masked_attention_bwd_dq", q, dropout_p)
     with _launch.device_of(q):
         _masked_attention_bwd_dq_kernel[(triton.cdiv(Sq, config.block_q) * B * H,)](
             dy,
@@ -426,7 +429,7 @@ def masked_attention_bwd(
             delta,
             dmask,
             *sizes,
-            *strides(dy, q, k, v, y),
+            *strides(dy, q, k, v, y, dq),
             *mask_strides(masks.mask),
             scale * LOG2E.value,
             scale,
@@ -438,7 +441,7 @@ def masked_attention_bwd(
             num_stages=config.num_stages,
             **_launch.options(config.num_warps, config.registers),
         )
-    config = pick_config("dkv", *about, busy=busy)
+    config = masks.config("masked_attention_bwd_dkv", q, dropout_p)
     with _launch.device_of(q):
         _masked_attention_bwd_dkv_kernel[(triton.cdiv(Sk, config.block_k) * B * H,)](
             dy,
@@ -452,7 +455,7 @@ def masked_attention_bwd(
             dk,
             dv,
             *sizes,
-            *strides(dy, q, k, v),
+            *strides(dy, q, k, v, dk),
             *mask_strides(masks.mask),
             scale * LOG2E.value,
             scale,

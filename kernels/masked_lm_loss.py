@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from . import _launch
+from ._configs import Card, matrix_problem, tuned
 from .grouped_linear import precision
 
 
@@ -77,7 +78,7 @@ def bias_tile(bias_ptr, offs_v, mask_v, ACC: tl.constexpr, HAS_BIAS: tl.constexp
         return tl.where(mask_v, 0.0, float("-inf")).to(ACC)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _masked_lm_loss_gather_kernel(
     hidden_ptr,  # (T, C)
     labels_ptr,  # (T,)
@@ -110,7 +111,7 @@ def _masked_lm_loss_gather_kernel(
         tl.store(packed_ptr + row[:, None] * C + offs_c[None, :], hidden, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _masked_lm_loss_fwd_kernel(
     hidden_ptr,  # (T, C) contiguous
     weight_ptr,  # (V, C)
@@ -164,7 +165,7 @@ def _masked_lm_loss_fwd_kernel(
         tl.store(partial_ptr + size_p + offs_p, tl.sum(tl.exp(acc - shift[:, None]), axis=1), mask=mask_t)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _masked_lm_loss_combine_kernel(
     partial_ptr,  # (2 or 3, P, T and more) fp32
     chosen_ptr,  # (T,) fp32
@@ -239,18 +240,47 @@ _GATHER_BYTES, _GATHER_TOKENS = 512, 32
 _COMBINE = {"BLOCK_P": 32, "BLOCK_T": 32}
 
 
-def pick_config(rows: int, channels: int, dtype: torch.dtype) -> Config:
-    """Launch config for products of at most `rows` rows, a dense layer of `channels` inputs. Not tuned on a card yet.
+# The backward's gradients of logits are in memory in tiles that end at multiples of this, in both directions.
+BLOCK = 128
+
+# What the gradient of the weight reads of them must have been written: so many tokens at least by a program.
+_WRITTEN = 64
+
+
+def _check(kernel: str, shape: tuple[int, ...], dtype: torch.dtype, card: Card, config: Config) -> str | None:
+    tile = config.block_m, config.block_n, config.block_k
+    of_logits, of_weight = kernel == "masked_lm_loss_bwd_logits", kernel == "masked_lm_loss_bwd_weight"
+    if kernel != "masked_lm_loss_fwd" and max(tile) > BLOCK:
+        return f"no block may be larger than {BLOCK}, got {tile}"
+    if (of_logits and config.block_m < _WRITTEN) or (of_weight and config.block_k > _WRITTEN):
+        return f"{'block_m must be at least' if of_logits else 'block_k must be at most'} {_WRITTEN}, got {tile}"
+    m, n, k = tile
+    return matrix_problem(card, dtype, config, tile, m * n, (m + n) * k)
+
+
+@tuned(
+    "masked_lm_loss_fwd",
+    "masked_lm_loss_bwd_logits",
+    "masked_lm_loss_bwd_hidden",
+    "masked_lm_loss_bwd_weight",
+    vary=("block_m", "block_n", "block_k", "num_warps", "num_stages"),
+    config=Config,
+    check=_check,
+)
+def pick_config(kernel: str, shape: tuple[int, int], dtype: torch.dtype, card: Card) -> Config:
+    """Launch config for products of at most M rows in a model of C channels, `shape` (M, C). Not tuned on a card yet.
 
     Half precision: wgmma wants 64 rows a group of 4 warps; 3 or 4 stages of 64 are in flight, two blocks of them in a
     multiprocessor of Hopper. fp32 runs on the ordinary arithmetic units unless tf32 is allowed, and channels that are
     no multiple of 16 need an address for every value: there a larger tile would spill.
     """
+    rows, channels = shape
     if channels % 16:
         return Config(64, 32, 16, 4, 2, 255)
     if dtype.itemsize > 2:
         return Config(64, 64, 16, 8, 3, 255)
-    if rows <= 64:
+    # A labelled token has so few tiles of channels that smaller ones fill the card better.
+    if rows <= 64 or kernel == "masked_lm_loss_bwd_hidden":
         return Config(64, 128, 64, 8, 4, 255)
     return Config(128, 128, 64, 8, 3, 255)
 
@@ -291,7 +321,7 @@ def masked_lm_loss_fwd(
     packed = torch.empty(T, C, dtype=hidden.dtype, device=hidden.device)
     packed_labels, tokens = (torch.empty(T, dtype=torch.int32, device=hidden.device) for _ in range(2))
     chosen, lse, losses = (torch.empty(T, dtype=acc, device=hidden.device) for _ in range(3))
-    config = pick_config(T, C, hidden.dtype)
+    config = pick_config("masked_lm_loss_fwd", (T, C), hidden.dtype, _launch.card(hidden))
     blocks_v = triton.cdiv(V, config.block_n)
     smooth = smoothing > 0.0
     stride_pp = triton.cdiv(T, _COMBINE["BLOCK_T"]) * _COMBINE["BLOCK_T"]

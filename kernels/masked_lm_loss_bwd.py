@@ -26,6 +26,7 @@ from . import _launch
 from ._reduce import sum_partials
 from .grouped_linear import precision
 from .masked_lm_loss import (
+    BLOCK,
     GROUP_M,
     INTERPRETED,
     bias_tile,
@@ -47,7 +48,7 @@ NARROW = {
 }
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _masked_lm_loss_bwd_logits_kernel(
     hidden_ptr,  # (T, C) contiguous: of the labelled tokens, as all that follows
     weight_ptr,  # (V, C)
@@ -102,7 +103,7 @@ def _masked_lm_loss_bwd_logits_kernel(
         tl.store(dlogits_ptr + offs_t[:, None] * size + offs_n[None, :], d.to(dlogits_ptr.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _masked_lm_loss_bwd_hidden_kernel(
     dlogits_ptr,  # (T rounded up, part of V)
     weight_ptr,  # (V, C)
@@ -157,7 +158,7 @@ def _masked_lm_loss_bwd_hidden_kernel(
             tl.store(dhidden_ptr + offs_d, (acc * scale).to(dhidden_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _masked_lm_loss_bwd_weight_kernel(
     dlogits_ptr,  # (T rounded up, part of V)
     hidden_ptr,  # (T, C) contiguous
@@ -207,14 +208,11 @@ def _masked_lm_loss_bwd_weight_kernel(
 # Parts of the vocabulary: dlogits are held for an eighth of it, or for more if they take no more than so many values.
 _PARTS, _FEW = 8, 2**23
 
-# Tiles of the vocabulary end at multiples of this, as do those of tokens.
-_BLOCK = 128
-
 
 def part_size(rows: int, V: int) -> int:
     """Size of the vocabulary's parts for so many rows of dlogits."""
     size = max(triton.cdiv(V, _PARTS), _FEW // rows)
-    return min(triton.cdiv(size, _BLOCK), triton.cdiv(V, _BLOCK)) * _BLOCK
+    return min(triton.cdiv(size, BLOCK), triton.cdiv(V, BLOCK)) * BLOCK
 
 
 def masked_lm_loss_bwd(
@@ -239,18 +237,18 @@ def masked_lm_loss_bwd(
     bias = None if bias is None else bias.contiguous()
     (T, C), V = packed.shape, weight.shape[0]
     dtype, device = packed.dtype, packed.device
-    config = pick_config(T, C, dtype)
-    # A labelled token has so few tiles of channels that smaller ones fill the card better.
-    of_hidden = pick_config(64, C, dtype)
-    of_weight = pick_config(V, C, dtype)
+    card = _launch.card(packed)
+    config = pick_config("masked_lm_loss_bwd_logits", (T, C), dtype, card)
+    of_hidden = pick_config("masked_lm_loss_bwd_hidden", (T, C), dtype, card)
+    of_weight = pick_config("masked_lm_loss_bwd_weight", (V, C), dtype, card)
     blocks_t = triton.cdiv(T, config.block_m)
-    rows = triton.cdiv(T, _BLOCK) * _BLOCK
+    rows = triton.cdiv(T, BLOCK) * BLOCK
     size = part_size(rows, V)
     dlogits = torch.empty(rows, size, dtype=dtype, device=device)
     dhidden = torch.zeros(T, C, dtype=dtype, device=device) if need_hidden else None
     acc = torch.empty(T, C, dtype=lse.dtype, device=device) if need_hidden else None
     dweight = torch.empty(V, C, dtype=dtype, device=device) if need_weight else None
-    partial = torch.zeros(1, blocks_t, triton.cdiv(V, _BLOCK) * _BLOCK, dtype=lse.dtype, device=device)
+    partial = torch.zeros(1, blocks_t, triton.cdiv(V, BLOCK) * BLOCK, dtype=lse.dtype, device=device)
     dbias = torch.empty(1, partial.shape[-1], dtype=dtype, device=device)
     common = {"ACC": _launch.acc(dtype), "PRECISION": precision(dtype), "UPCAST": INTERPRETED, "GROUP_M": GROUP_M}
     with _launch.device_of(packed):

@@ -31,6 +31,7 @@ import triton
 import triton.language as tl
 
 from . import MAX_KERNEL_SIZE, _launch
+from ._configs import Card, any_config, tuned
 from ._reduce import sum_partials
 from ._spans import sequence_ends
 
@@ -72,7 +73,7 @@ def _add_taps(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S"])
 def _separable_conv_fwd_kernel(
     x_ptr,  # (T, C)
     depthwise_ptr,  # (C, K)
@@ -88,6 +89,7 @@ def _separable_conv_fwd_kernel(
     ACC: tl.constexpr,
     K: tl.constexpr,
     FLIP: tl.constexpr,
+    ADD: tl.constexpr,
     HAS_PACKING: tl.constexpr,
     TAPS: tl.constexpr,
     RUN: tl.constexpr,
@@ -122,11 +124,14 @@ def _separable_conv_fwd_kernel(
             offs_t = offs_g + r
             mask = ((offs_t >= t) & (offs_t <= last))[:, None] & mask_c[None, :]
             offs_y = offs_t[:, None] * C + offs_c[None, :]
-            tl.store(y_ptr + offs_y, acc[r].to(y_ptr.dtype.element_ty), mask=mask)
+            y = acc[r]
+            if ADD:
+                y += tl.load(y_ptr + offs_y, mask=mask, other=0.0).to(ACC)
+            tl.store(y_ptr + offs_y, y.to(y_ptr.dtype.element_ty), mask=mask)
         t = last + 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S"])
 def _separable_conv_bwd_depthwise_kernel(
     dy_ptr,  # (T, C)
     x_ptr,  # (T, C)
@@ -187,20 +192,22 @@ def _separable_conv_bwd_depthwise_kernel(
         tl.store(row, tl.sum(acc[k], axis=0), mask=mask_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _separable_conv_bwd_gate_kernel(
     dy_ptr,  # (T, C)
     gate_ptr,  # (T, C)
     product_ptr,  # (T, C)
     dproduct_ptr,  # (T, C) contiguous
-    dgate_ptr,  # (T, C) contiguous
+    dgate_ptr,  # (T, C)
     partial_ptr,  # (1, programs, C) fp32: sums of dproduct, for the bias
     T,
     C,
     stride_dyt,
     stride_gt,
     stride_pt,
+    stride_dgt,
     ACC: tl.constexpr,
+    ADD: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -219,7 +226,11 @@ def _separable_conv_bwd_gate_kernel(
         rows = offs_t * C + offs_c[None, :]
         dproduct = dy * gate
         tl.store(dproduct_ptr + rows, dproduct.to(dproduct_ptr.dtype.element_ty), mask=mask)
-        tl.store(dgate_ptr + rows, (dy * product).to(dgate_ptr.dtype.element_ty), mask=mask)
+        dgate = dy * product
+        dgate_tile = dgate_ptr + offs_t * stride_dgt + offs_c[None, :]
+        if ADD:
+            dgate += tl.load(dgate_tile, mask=mask, other=0.0).to(ACC)
+        tl.store(dgate_tile, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
         acc += dproduct
     tl.store(partial_ptr + pid.to(tl.int64) * C + offs_c, tl.sum(acc, axis=0), mask=mask_c)
 
@@ -246,6 +257,9 @@ class Config:
 _ONE_PASS, _ONE_PASS_REGISTERS = 9, 168
 _MAX_TAPS, _REGISTERS = 6, 255
 
+# Tokens of a group: their sums are unrolled.
+_MAX_RUN = 16
+
 # Bytes of a row that a thread loads at a time.
 _VECTOR = 16
 
@@ -256,9 +270,33 @@ _BLOCK_C, _NUM_WARPS = 128, 4
 _PROGRAMS = 4
 
 
-def pick_config(shape: tuple[int, int], kernel_size: int, itemsize: int) -> Config:
-    """Launch config for x of `shape` (T, C) and elements of `itemsize` bytes. Not tuned on a card yet."""
-    tokens, channels = shape
+@dataclass(frozen=True)
+class GateConfig:
+    """Launch parameters of the gate's gradient."""
+
+    block_t: int
+    block_c: int
+    num_warps: int
+    registers: int
+
+
+def _check(kernel: str, shape: tuple[int, ...], dtype: torch.dtype, card: Card, config: Config) -> str | None:
+    if config.taps > shape[2] or config.run > _MAX_RUN:
+        return f"taps must be at most {shape[2]}, run {_MAX_RUN}; got {config.taps}, {config.run}"
+    return None
+
+
+@tuned(
+    "separable_conv_fwd",
+    "separable_conv_bwd_depthwise",
+    vary=("run", "block_g", "block_c", "num_warps", "registers"),
+    config=Config,
+    check=_check,
+)
+def pick_config(kernel: str, shape: tuple[int, int, int], dtype: torch.dtype, card: Card) -> Config:
+    """Launch config for x (T, C) and K taps, `shape` (T, C, K). Not tuned on a card yet."""
+    tokens, channels, kernel_size = shape
+    itemsize = dtype.itemsize
     block_c = min(_BLOCK_C, max(16, triton.next_power_of_2(channels)))
     block_g = max(1, 32 * _NUM_WARPS * _VECTOR // itemsize // block_c)
     # Few tokens: small programs, so that they spread over the card. In half precision a thread has the taps and sums of
@@ -271,24 +309,39 @@ def pick_config(shape: tuple[int, int], kernel_size: int, itemsize: int) -> Conf
     return Config(run, block_g, block_c, taps, _NUM_WARPS, registers)
 
 
+@tuned(
+    "separable_conv_bwd_gate",
+    vary=("block_t", "block_c", "num_warps", "registers"),
+    config=GateConfig,
+    check=any_config,
+)
+def pick_gate_config(kernel: str, shape: tuple[int, int], dtype: torch.dtype, card: Card) -> GateConfig:
+    """Launch config for the gate (T, O): a thread has 16 values of three tensors. Not tuned on a card yet."""
+    _, channels = shape
+    block_c = min(_BLOCK_C, max(16, triton.next_power_of_2(channels)))
+    return GateConfig(max(1, 32 * _NUM_WARPS * 16 // (block_c * dtype.itemsize)), block_c, _NUM_WARPS, _REGISTERS)
+
+
 def separable_conv_depthwise(
     x: torch.Tensor,
     depthwise: torch.Tensor,
     before: torch.Tensor | None,
     after: torch.Tensor | None,
     flip: bool,
+    add_to: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The depthwise convolution of x (B, S, C), or (T, C) with before and after, (T,) int32, of a packing.
 
     depthwise (C, 1, K); the result is contiguous, with x's shape and dtype. flip: with the taps in reverse order, which
-    makes it the gradient of x from the result's.
+    makes it the gradient of x from the result's. add_to: contiguous and like x; the result is added to it, in place.
     """
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if add_to is None else add_to
     rows = _launch.rows(x)
     tokens, channels = rows.shape
     if tokens == 0:
         return y
-    config = pick_config((tokens, channels), depthwise.shape[-1], x.element_size())
+    shape = (tokens, channels, depthwise.shape[-1])
+    config = pick_config("separable_conv_fwd", shape, x.dtype, _launch.card(x))
     with _launch.device_of(x):
         _separable_conv_fwd_kernel[(triton.cdiv(tokens, config.block_t) * triton.cdiv(channels, config.block_c),)](
             rows,
@@ -305,6 +358,7 @@ def separable_conv_depthwise(
             ACC=_launch.acc(x.dtype),
             K=depthwise.shape[-1],
             FLIP=flip,
+            ADD=add_to is not None,
             HAS_PACKING=before is not None,
             TAPS=config.taps,
             RUN=config.run,
@@ -321,15 +375,20 @@ def separable_conv_bwd_depthwise(
     kernel_size: int,
     before: torch.Tensor | None,
     after: torch.Tensor | None,
+    *,
+    add_up: bool = True,
 ) -> torch.Tensor:
-    """The gradient of depthwise, (C, 1, K) contiguous of x's dtype, from that of its result, dy like x."""
+    """The gradient of depthwise, (C, 1, K) contiguous of x's dtype, from that of its result, dy like x.
+
+    add_up=False: the sums of the programs, (K, programs, C) fp32 (fp64 for fp64), instead of theirs.
+    """
     channels = x.shape[-1]
-    ddepthwise = torch.empty(channels, 1, kernel_size, dtype=x.dtype, device=x.device)
     dy_rows, rows = _launch.rows(dy), _launch.rows(x)
     tokens = rows.shape[0]
     if tokens == 0:
-        return ddepthwise.zero_()
-    config = pick_config((tokens, channels), kernel_size, x.element_size())
+        return torch.zeros(channels, 1, kernel_size, dtype=x.dtype, device=x.device)
+    shape = (tokens, channels, kernel_size)
+    config = pick_config("separable_conv_bwd_depthwise", shape, x.dtype, _launch.card(x))
     blocks_c = triton.cdiv(channels, config.block_c)
     programs = min(triton.cdiv(tokens, config.block_t), triton.cdiv(_PROGRAMS * _launch.sm_count(x), blocks_c))
     stats = _launch.acc_torch(x.dtype)
@@ -357,26 +416,37 @@ def separable_conv_bwd_depthwise(
                 BLOCK_C=config.block_c,
                 **_launch.options(config.num_warps, config.registers),
             )
+    if not add_up:
+        return partial
+    ddepthwise = torch.empty(channels, 1, kernel_size, dtype=x.dtype, device=x.device)
     sum_partials(partial, ddepthwise.view(channels, kernel_size).t())
     return ddepthwise
 
 
 def separable_conv_bwd_gate(
-    dy: torch.Tensor, gate: torch.Tensor, product: torch.Tensor
+    dy: torch.Tensor,
+    gate: torch.Tensor,
+    product: torch.Tensor,
+    *,
+    add_to: torch.Tensor | None = None,
+    add_up: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of product, gate and the product's bias (O, 1) from that of product * gate, all (..., O)."""
+    """The gradients of product, gate and the product's bias (O, 1) from that of product * gate, all (..., O).
+
+    add_to: like gate, contiguous but for the tokens' one stride; the gate's gradient is added to it, in place.
+    add_up=False: the sums of the programs, (1, programs, O) fp32 (fp64 for fp64), instead of theirs for the bias.
+    """
     dproduct = torch.empty(product.shape, dtype=product.dtype, device=dy.device)
-    dgate = torch.empty(gate.shape, dtype=gate.dtype, device=dy.device)
+    dgate = torch.empty(gate.shape, dtype=gate.dtype, device=dy.device) if add_to is None else add_to
     channels = product.shape[-1]
-    dbias = torch.empty(channels, 1, dtype=product.dtype, device=dy.device)
+    dgate_rows = dgate.view(-1, channels)
     dy, gate, product = _launch.rows(dy), _launch.rows(gate), _launch.rows(product)
     tokens = dy.shape[0]
     if tokens == 0:
-        return dproduct, dgate, dbias.zero_()
-    block_c = min(_BLOCK_C, max(16, triton.next_power_of_2(channels)))
-    block_t = max(1, 32 * _NUM_WARPS * 16 // (block_c * dy.element_size()))
-    blocks_c = triton.cdiv(channels, block_c)
-    programs = min(triton.cdiv(tokens, block_t), triton.cdiv(_PROGRAMS * _launch.sm_count(dy), blocks_c))
+        return dproduct, dgate, torch.zeros(channels, 1, dtype=product.dtype, device=dy.device)
+    config = pick_gate_config("separable_conv_bwd_gate", (tokens, channels), dy.dtype, _launch.card(dy))
+    blocks_c = triton.cdiv(channels, config.block_c)
+    programs = min(triton.cdiv(tokens, config.block_t), triton.cdiv(_PROGRAMS * _launch.sm_count(dy), blocks_c))
     stats = _launch.acc_torch(product.dtype)
     partial = torch.empty(1, programs, channels, dtype=stats, device=dy.device)
     with _launch.device_of(dy):
@@ -385,18 +455,23 @@ def separable_conv_bwd_gate(
             gate,
             product,
             dproduct,
-            dgate,
+            dgate_rows,
             partial,
             tokens,
             channels,
             dy.stride(0),
             gate.stride(0),
             product.stride(0),
+            dgate_rows.stride(0),
             ACC=_launch.acc(product.dtype),
-            BLOCK_T=block_t,
-            BLOCK_C=block_c,
-            **_launch.options(_NUM_WARPS, _REGISTERS),
+            ADD=add_to is not None,
+            BLOCK_T=config.block_t,
+            BLOCK_C=config.block_c,
+            **_launch.options(config.num_warps, config.registers),
         )
+    if not add_up:
+        return dproduct, dgate, partial
+    dbias = torch.empty(channels, 1, dtype=product.dtype, device=dy.device)
     sum_partials(partial, dbias.view(1, channels))
     return dproduct, dgate, dbias
 
@@ -422,10 +497,12 @@ def launches(dtype: torch.dtype, device: torch.device) -> Iterator[str]:
         y = separable_conv_depthwise(x, depthwise, span, span, False)
         if kernel_size == 9 and channels == 768:
             separable_conv_depthwise(x, depthwise, span, span, True)
+            separable_conv_depthwise(x, depthwise, span, span, True, add_to=y)
         yield f"separable_conv_depthwise {name}"
         separable_conv_bwd_depthwise(y, x, kernel_size, span, span)
         yield f"separable_conv_bwd_depthwise {name}"
     for channels in (16, 32, 64, 384):
         x = empty(8, 1024, channels)
         separable_conv_bwd_gate(x, x, x)
+        separable_conv_bwd_gate(x, x, x, add_to=empty(8, 1024, 4 * channels)[..., :channels])
         yield f"separable_conv_bwd_gate O={channels}"

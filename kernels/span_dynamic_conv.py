@@ -34,10 +34,11 @@ import triton
 import triton.language as tl
 
 from . import MAX_KERNEL_SIZE, _launch
+from ._configs import Card, tuned
 from ._spans import tap_inside, token_span
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S"])
 def _span_dynamic_conv_fwd_kernel(
     value_ptr,  # (T, H*D)
     logits_ptr,  # (T, H*K)
@@ -96,7 +97,7 @@ def _span_dynamic_conv_fwd_kernel(
         tl.store(stats_ptr + (T + offs_t) * H + h, total, mask=mask_t)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S"])
 def _span_dynamic_conv_bwd_kernel(
     dy_ptr,  # (T, H*D)
     value_ptr,  # (T, H*D)
@@ -104,8 +105,8 @@ def _span_dynamic_conv_bwd_kernel(
     stats_ptr,  # (2, T, H) contiguous, fp32
     before_ptr,  # (T,) int32
     after_ptr,  # (T,) int32
-    dvalue_ptr,  # (T, H*D) contiguous
-    dlogits_ptr,  # (T, H*K) contiguous
+    dvalue_ptr,  # (T, H*D)
+    dlogits_ptr,  # (T, H*K)
     T,
     S,
     H,
@@ -113,6 +114,8 @@ def _span_dynamic_conv_bwd_kernel(
     stride_dyt,
     stride_vt,
     stride_lt,
+    stride_dvt,
+    stride_dlt,
     ACC: tl.constexpr,
     K: tl.constexpr,
     HAS_PACKING: tl.constexpr,
@@ -144,7 +147,7 @@ def _span_dynamic_conv_bwd_kernel(
             weight = tl.exp(logit - largest) / tl.load(stats_ptr + (T + offs_u) * H + h, mask=inside, other=1.0)
             rows = dy_ptr + offs_u[:, None] * stride_dyt + offs_c
             dvalue += weight[:, None] * tl.load(rows, mask=inside[:, None] & mask_d, other=0.0).to(ACC)
-        rows = dvalue_ptr + offs_t[:, None] * (H * D) + offs_c
+        rows = dvalue_ptr + offs_t[:, None] * stride_dvt + offs_c
         tl.store(rows, dvalue.to(dvalue_ptr.dtype.element_ty), mask=mask)
 
     if DLOGITS:
@@ -166,7 +169,7 @@ def _span_dynamic_conv_bwd_kernel(
             dweights = dweights + (dweight,)  # noqa: RUF005
         for k in tl.static_range(K):
             dlogit = weights[k] * (dweights[k] - mean)
-            offs_l = (offs_t * H + h) * K + k
+            offs_l = offs_t * stride_dlt + h * K + k
             tl.store(dlogits_ptr + offs_l, dlogit.to(dlogits_ptr.dtype.element_ty), mask=mask_t)
 
 
@@ -186,16 +189,32 @@ _REGISTERS = 255
 _MAX_FUSED = 15
 
 
-def pick_config(shape: tuple[int, int, int], kernel_size: int, itemsize: int, *, backward: bool = False) -> Config:
-    """Launch config for value of `shape` (T, H, D) and elements of `itemsize` bytes. Not tuned on a card yet.
+def _head_block(size: int) -> int:
+    return max(16, triton.next_power_of_2(size))
+
+
+def _check(kernel: str, shape: tuple[int, ...], dtype: torch.dtype, card: Card, config: Config) -> str | None:
+    block_d = _head_block(shape[2])
+    return None if config.block_d == block_d else f"block_d must be {block_d}, a whole head, got {config.block_d}"
+
+
+@tuned(
+    "span_dynamic_conv_fwd",
+    "span_dynamic_conv_bwd",
+    vary=("block_t", "num_warps", "registers"),
+    config=Config,
+    check=_check,
+)
+def pick_config(kernel: str, shape: tuple[int, int, int, int], dtype: torch.dtype, card: Card) -> Config:
+    """Launch config for value (T, H, D) and K taps, `shape` (T, H, D, K). Not tuned on a card yet.
 
     A thread has 16 bytes of one token, or of two in a forward of few taps: each of its tokens costs a register a tap,
     two in the backward.
     """
-    tokens, _, size = shape
-    block_d = max(16, triton.next_power_of_2(size))
-    threads_a_token = max(1, block_d * itemsize // 16)
-    tokens_a_thread = 2 if not backward and kernel_size <= 15 else 1
+    tokens, _, size, kernel_size = shape
+    block_d = _head_block(size)
+    threads_a_token = max(1, block_d * dtype.itemsize // 16)
+    tokens_a_thread = 2 if kernel == "span_dynamic_conv_fwd" and kernel_size <= 15 else 1
     # Few tokens: small programs, so that they spread over the card.
     num_warps = 8 if tokens > 4096 else 4
     block_t = max(1, 32 * num_warps * tokens_a_thread // threads_a_token)
@@ -223,7 +242,8 @@ def span_dynamic_conv_fwd(
     stats = torch.empty(2, tokens, heads, dtype=_launch.acc_torch(v.dtype), device=v.device) if save else None
     if tokens == 0:
         return y, stats
-    config = pick_config((tokens, heads, size), kernel_size, v.element_size())
+    shape = (tokens, heads, size, kernel_size)
+    config = pick_config("span_dynamic_conv_fwd", shape, v.dtype, _launch.card(v))
     with _launch.device_of(v):
         _span_dynamic_conv_fwd_kernel[(triton.cdiv(tokens, config.block_t) * heads,)](
             v,
@@ -258,16 +278,21 @@ def span_dynamic_conv_bwd(
     kernel_size: int,
     before: torch.Tensor | None,
     after: torch.Tensor | None,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dvalue and dlogits, contiguous, with the shapes and the dtype of value and kernel_logits."""
-    dvalue = torch.empty(value.shape, dtype=value.dtype, device=value.device)
-    dlogits = torch.empty(kernel_logits.shape, dtype=value.dtype, device=value.device)
+    """dvalue and dlogits, with the shapes and the dtype of value and kernel_logits.
+
+    They are `out`, contiguous but for the tokens' one stride, or new.
+    """
+    made = out or [torch.empty(t.shape, dtype=value.dtype, device=value.device) for t in (value, kernel_logits)]
+    dvalue, dlogits = (t.view(-1, t.shape[-1]) for t in made)
     dy, v, logits = _launch.rows(dy), _launch.rows(value), _launch.rows(kernel_logits)
     tokens, heads = v.shape[0], logits.shape[1] // kernel_size
     size = v.shape[1] // heads
     if tokens == 0:
-        return dvalue, dlogits
-    config = pick_config((tokens, heads, size), kernel_size, v.element_size(), backward=True)
+        return made[0], made[1]
+    shape = (tokens, heads, size, kernel_size)
+    config = pick_config("span_dynamic_conv_bwd", shape, v.dtype, _launch.card(v))
     for dvalue_pass, dlogits_pass in ((True, True),) if kernel_size <= _MAX_FUSED else ((True, False), (False, True)):
         with _launch.device_of(v):
             _span_dynamic_conv_bwd_kernel[(triton.cdiv(tokens, config.block_t) * heads,)](
@@ -286,6 +311,8 @@ def span_dynamic_conv_bwd(
                 dy.stride(0),
                 v.stride(0),
                 logits.stride(0),
+                dvalue.stride(0),
+                dlogits.stride(0),
                 ACC=_launch.acc(v.dtype),
                 K=kernel_size,
                 HAS_PACKING=before is not None,
@@ -295,7 +322,7 @@ def span_dynamic_conv_bwd(
                 BLOCK_D=config.block_d,
                 **_launch.options(config.num_warps, config.registers),
             )
-    return dvalue, dlogits
+    return made[0], made[1]
 
 
 def launches(dtype: torch.dtype, device: torch.device) -> Iterator[str]:

@@ -21,11 +21,12 @@ import triton
 import triton.language as tl
 
 from . import _launch
+from ._configs import Card, matrix_problem, tuned
 
 NARROW = {"_span_kernel_logits_fwd_kernel": {"logits_ptr": "rows of H*K values don't begin at multiples of 16 bytes"}}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _span_kernel_logits_fwd_kernel(
     spread_ptr,  # (T, C)
     pointwise_ptr,  # (O, C)
@@ -105,7 +106,22 @@ class Config:
 _INTERPRETED = not isinstance(_span_kernel_logits_fwd_kernel, triton.JITFunction)
 
 
-def pick_config(shape: tuple[int, int, int, int]) -> Config:
+def _logits_block(size_out: int) -> int:
+    return max(16, triton.next_power_of_2(size_out))
+
+
+def _check(kernel: str, shape: tuple[int, ...], dtype: torch.dtype, card: Card, config: Config) -> str | None:
+    t, o, c = config.block_t, config.block_o, config.block_c
+    return matrix_problem(card, dtype, config, (t, o, c), t * (o + _logits_block(shape[3])), (t + o) * c)
+
+
+@tuned(
+    "span_kernel_logits_fwd",
+    vary=("block_t", "block_o", "block_c", "num_warps", "num_stages"),
+    config=Config,
+    check=_check,
+)
+def pick_config(kernel: str, shape: tuple[int, int, int, int], dtype: torch.dtype, card: Card) -> Config:
     """Launch config for `shape` (T, C, O, N), in half precision. Not tuned on a card yet.
 
     wgmma wants 64 rows a group of 4 warps. Each program reads all of the weights, which takes a multiprocessor as long
@@ -143,7 +159,8 @@ def span_kernel_logits_fwd(
     (tokens, size_in), size_between = spread.shape, gate.shape[1]
     if tokens == 0:
         return logits
-    config = pick_config((tokens, size_in, size_between, size_out))
+    shape = (tokens, size_in, size_between, size_out)
+    config = pick_config("span_kernel_logits_fwd", shape, spread.dtype, _launch.card(spread))
     # AMD's compiler keeps all stages but one in shared memory, of which a block has 64 KiB.
     stages = 2 if _launch.is_amd() else config.num_stages
     with _launch.device_of(spread):
@@ -169,7 +186,7 @@ def span_kernel_logits_fwd(
             BLOCK_T=config.block_t,
             BLOCK_O=config.block_o,
             BLOCK_C=config.block_c,
-            BLOCK_N=max(16, triton.next_power_of_2(size_out)),
+            BLOCK_N=_logits_block(size_out),
             num_stages=stages,
             **_launch.options(config.num_warps, config.registers),
         )

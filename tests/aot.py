@@ -63,6 +63,8 @@ from triton.compiler import ASTSource
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from fastconv.kernels._launch import Card
+
 
 @dataclass(frozen=True)
 class Target:
@@ -73,6 +75,11 @@ class Target:
     capability: int
     sm_count: int
     shared: int  # bytes of shared memory that a block can have
+
+    @property
+    def card(self) -> Card:
+        """What launch configs know of it. No table has an entry for such a name: rules are what is compiled."""
+        return Card(self.name, self.capability, self.shared)
 
     @property
     def amd(self) -> bool:
@@ -173,7 +180,7 @@ def _recording(recorder: _Recorder) -> Iterator[None]:
     # What launchers ask about the GPU.
     answers = {
         "sm_count": lambda x: recorder.target.sm_count,
-        "capability": lambda x: recorder.target.capability,
+        "card": lambda x: recorder.target.card,
         "is_amd": lambda: recorder.target.amd,
     }
     with (

@@ -47,7 +47,7 @@ def test_backend_auto_interprets_where_triton_does(monkeypatch):
 def test_use_triton_is_traced_without_a_warning(monkeypatch):
     # As for a tensor on a GPU: the question what it can run is asked in the trace.
     monkeypatch.setattr(dispatch, "_INTERPRETING", False)
-    monkeypatch.setattr(dispatch, "_unsupported", lambda device: None)
+    monkeypatch.setattr(dispatch, "unsupported", lambda device: None)
     # The same with a cache, at which Dynamo warns.
     monkeypatch.setattr(dispatch, "_unsupported_once", functools.cache(lambda device: None))
     torch._dynamo.reset()

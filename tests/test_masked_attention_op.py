@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from op_suite import (
@@ -22,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 import fastconv
 from fastconv import Packing
 from fastconv.ops import masked_attention
+from fastconv.ops.masked_attention import _prefers_sdpa as prefers_sdpa
 from fastconv.ops.masked_attention import sdpa_is_faster
 from fastconv.reference.ops import RelativePositions
 from fastconv.reference.ops import masked_attention as reference_masked_attention
@@ -412,6 +415,18 @@ def test_masked_attention_sdpa_is_faster(Sq, D, dtype, expected):
     assert sdpa_is_faster(Sq, D, dtype, masked=False) == expected
     # With a mask its fast kernels don't run.
     assert not sdpa_is_faster(Sq, D, dtype, masked=True)
+
+
+def test_masked_attention_prefers_sdpa_in_inference_without_masks_or_dropout():
+    q = SimpleNamespace(is_cuda=True, requires_grad=False, shape=(2, 512, 4, 128), dtype=torch.float16)
+    assert prefers_sdpa(q, q, q, False, 0.0, None)
+    assert not prefers_sdpa(q, q, q, False, 0.0, q)
+    # A checkpoint's first run is one without gradients: it must drop what the second does.
+    assert not prefers_sdpa(q, q, q, False, 0.1, None)
+    with fastconv.backend("triton"):
+        assert not prefers_sdpa(q, q, q, False, 0.0, None)
+    q.requires_grad = True
+    assert not prefers_sdpa(q, q, q, False, 0.0, None)
 
 
 @pytest.mark.parametrize("layout", ["slice", "expanded", "int64 step"])

@@ -114,9 +114,10 @@ def test_span_kernel_logits_many_tokens(device, tokens):
 
 def test_span_kernel_logits_config():
     pick = pytest.importorskip("fastconv.kernels.span_kernel_logits", reason="the kernels need triton").pick_config
+    card = importlib.import_module("fastconv.kernels._launch").INTERPRETER
 
     def tile(*shape):
-        config = pick(shape)
+        config = pick("span_kernel_logits_fwd", shape, torch.bfloat16, card)
         return config.block_t, config.block_o, config.num_warps
 
     assert tile(128, 768, 384, 54) == (16, 128, 4)

@@ -10,13 +10,14 @@ from torch.nn.modules.module import _has_any_global_hook
 from fastconv.nn.layer_norm import LayerNorm
 
 
-def bare(module: nn.Module) -> bool:
-    """Whether a call of the module is its class's forward and nothing else.
+def bare(module: nn.Module, *, but_for_collectors: bool = False) -> bool:
+    """Whether a call of the module is its class's forward and nothing else, or but_for_collectors hooks that collect.
 
     Hooks, adapters and parametrizations must see the call; the last two change the class or the instance.
     """
+    hooks = module._forward_hooks  # not its values, which Dynamo takes for true
     return not (
-        module._forward_hooks
+        (hooks and not (but_for_collectors and all(map(collects_outputs, hooks.values()))))
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks

@@ -46,13 +46,12 @@ class Call(NamedTuple):
     causal: bool
 
 
-class FastForward:
+class StandIn:
     """A forward that stands in for another class's where it can, and calls that class's where it can't.
 
     Put before the original class in the bases of a subclass, to which the module's `__class__` is set.
     """
 
-    fastconv_config: Any = None  # the model's config: transformers may ask for attentions through it alone
     fastconv_original: Any
     fastconv_arguments: tuple[str, ...]  # of the original's forward, after hidden_states
 
@@ -61,6 +60,12 @@ class FastForward:
         if "fastconv_original" in cls.__dict__:
             named = inspect.signature(cls.fastconv_original.forward).parameters.values()
             cls.fastconv_arguments = tuple(p.name for p in named if p.kind is p.POSITIONAL_OR_KEYWORD)[2:]
+
+
+class FastForward(StandIn):
+    """The forward of an attention module, as far as it is the same for all."""
+
+    fastconv_config: Any = None  # the model's config: transformers may ask for attentions through it alone
 
     def call(self, hidden_states: torch.Tensor, args: tuple, kwargs: dict) -> Call | None:
         """What a call asks for; None if the fused forward doesn't do exactly that, or the call is wrong."""

@@ -54,7 +54,7 @@ def dense_act(module: Any, x: torch.Tensor) -> torch.Tensor:
     name, dense = activation_name(module), module.dense
     if name is not None and plain_linear(dense):
         return linear_act(x, dense.weight, dense.bias, name)
-    if name is not None and _plain_grouped_linear(dense):
+    if name is not None and plain_grouped_linear(dense):
         return grouped_linear(x, dense.weight, dense.bias, activation=name)
     y = linear(x, dense)
     if name is not None:
@@ -62,7 +62,7 @@ def dense_act(module: Any, x: torch.Tensor) -> torch.Tensor:
     return _activation_function(module)(y)
 
 
-def _plain_grouped_linear(module: nn.Module) -> bool:
+def plain_grouped_linear(module: nn.Module) -> bool:
     """Whether the module is nothing but a grouped linear layer of ours, by itself or under an accelerated one."""
     ours = type(module) is GroupedLinear or (isinstance(module, GroupedLinear) and original_class(module) is not None)
     return ours and bare(module)

@@ -98,9 +98,24 @@ class _PackedLinear(torch.autograd.Function):
         found = [d if needs else None for d, needs in zip(found, needed, strict=True)]
         if not needs_x:
             return None, None, None, *found
-        # Hooks on saved tensors may give back copies instead of the parameters: of before a write, if there was one.
-        kept = _hold([ctx.weight], [weights]) or all(type(w) is nn.Parameter for w in weights)
-        return dy @ (ctx.weight if kept else torch.cat(weights)), None, None, *found
+        return dy @ whole_weight(ctx.weight, weights), None, None, *found
+
+
+def whole_weight(packed: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
+    """The weight (O, I) of a product in its backward: the packed memory of the saved weights, unless they are others.
+
+    Hooks on saved tensors may give back copies instead of the parameters: of before a write, if there was one.
+    """
+    kept = _hold([packed], [weights]) or all(type(w) is nn.Parameter for w in weights)
+    return packed if kept else torch.cat(weights)
+
+
+def packed_parameters(layers: Sequence[Any]) -> list[torch.Tensor]:
+    """The weight and the bias that plain linear layers with biases share the memory of, moved there unless they are.
+
+    Empty if they can't move.
+    """
+    return _packed(layers[0], [[layer.weight for layer in layers], [layer.bias for layer in layers]])
 
 
 def _packed(owner: nn.Module, kinds: list[list[torch.Tensor]]) -> list[torch.Tensor]:

@@ -16,7 +16,7 @@ from fastconv.ops.layer_norm import layer_norm
 from fastconv.reference import Packing
 from fastconv.reference.ops.embedding_norm import check, check_values, sum_dtype
 
-_MAX_CHANNELS = 8192  # fastconv.kernels.embedding_norm.MAX_CHANNELS, known here without importing triton
+MAX_CHANNELS = 8192  # fastconv.kernels.embedding_norm.MAX_CHANNELS, known here without importing triton
 
 
 def embedding_norm(
@@ -65,7 +65,7 @@ def embedding_norm(
     x = [*(t for t in (*tables, embeds) if t is not None and t.dtype == out_dtype), weight][0]
     if autocasting(x):
         out_dtype = torch.float32
-    if weight.shape[0] > _MAX_CHANNELS or not use_kernels(x, *ids, *tables, embeds, weight, bias):
+    if weight.shape[0] > MAX_CHANNELS or not use_kernels(x, *ids, *tables, embeds, weight, bias):
         return _native(ids, tables, weight, bias, eps, embeds, paddings, dropout_p, seed, lead, out_dtype)
     if dropout_p > 0.0 and seed is None:
         seed = draw_seed(weight)

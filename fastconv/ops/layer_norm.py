@@ -13,7 +13,7 @@ from fastconv.ops._register import distinct, needs_grad, once_differentiable, re
 from fastconv.ops._seed import check_seed, draw_seed, native_keep_mask
 from fastconv.reference.ops.layer_norm import check
 
-_MAX_CHANNELS = 8192  # fastconv.kernels.layer_norm.MAX_CHANNELS, known here without importing triton
+MAX_CHANNELS = 8192  # fastconv.kernels.layer_norm.MAX_CHANNELS, known here without importing triton
 
 
 def layer_norm(
@@ -43,7 +43,7 @@ def layer_norm(
     """
     check(x, weight, bias, x_bias, residual, dropout_p)
     check_seed(x, seed)
-    if x.shape[-1] > _MAX_CHANNELS or not use_kernels(x, weight, bias, x_bias, residual):
+    if x.shape[-1] > MAX_CHANNELS or not use_kernels(x, weight, bias, x_bias, residual):
         return _native(x, weight, bias, eps, x_bias, residual, dropout_p, seed)
     if dropout_p > 0.0 and seed is None:
         seed = draw_seed(x)

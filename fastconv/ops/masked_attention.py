@@ -95,7 +95,7 @@ def masked_attention(
         y = _composed(
             q, k, v, lengths, mask, causal, relative, None if factor is not None else head_mask, dropout_p, seed, scale
         )
-    elif not by_kernels or _prefers_sdpa(q, k, v, causal, lengths, mask, seed, packing, relative):
+    elif not by_kernels or _prefers_sdpa(q, k, v, causal, dropout_p, lengths, mask, packing, relative):
         y = _native(q, k, v, lengths, mask, causal, dropout_p, seed, scale, packing)
     else:
         if relative is not None:
@@ -185,12 +185,15 @@ def _each_sequence(q, k, v, causal, relative, dropout_p, seed, scale, of_queries
     return torch.cat(rows)
 
 
-def _prefers_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, *masks: object) -> bool:
+def _prefers_sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, dropout_p: float, *masks: object
+) -> bool:
     """Whether `auto` leaves a call on a GPU to PyTorch's own kernels.
 
-    In inference only: their backward adds in any order, which gives other bits in every run.
+    In inference only: their backward adds in any order, which gives other bits in every run. With dropout never: of a
+    checkpoint the first run has no gradients, and must drop what the second does.
     """
-    if needs_grad(q, k, v):
+    if dropout_p > 0.0 or needs_grad(q, k, v):
         return False
     masked = any(mask is not None for mask in masks) or (causal and q.shape[1] != k.shape[1])
     return q.is_cuda and dispatch.current() == "auto" and sdpa_is_faster(q.shape[1], q.shape[-1], q.dtype, masked)
