@@ -56,23 +56,36 @@ def cpu_name() -> str:
 
 def describe() -> dict[str, object]:
     """Versions, system and devices."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return {
         **versions(),
         "system": platform.platform(),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "ops on the cpu": implementation(torch.device("cpu")),
-        **{f"gpu {index}": _gpu(index) for index in range(gpus)},
+        "driver": driver(),
+        **{f"gpu {device.index}": _gpu(device.index) for device in devices() if device.type == "cuda"},
     }
+
+
+def devices() -> list[torch.device]:
+    """The CPU and every GPU that torch finds."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [torch.device("cpu"), *(torch.device("cuda", index) for index in range(gpus))]
+
+
+def driver() -> str | None:
+    """The version of NVIDIA's driver as it says it itself, if there is one."""
+    try:
+        first = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").partition("\n")[0]
+    except OSError:
+        return None
+    return " ".join(first.partition(":")[2].split())
 
 
 def _gpu(index: int) -> str:
     properties = torch.cuda.get_device_properties(index)
     memory, capability = properties.total_memory / 2**30, f"{properties.major}.{properties.minor}"
-    ops = implementation(torch.device("cuda", index))
-    return f"{properties.name}, capability {capability}, {memory:.0f} GiB; {ops}"
+    return f"{properties.name}, capability {capability}, {memory:.0f} GiB"
 
 
 def implementation(device: torch.device) -> str:

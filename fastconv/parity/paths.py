@@ -74,7 +74,7 @@ def build(
         return model.to(device=device, dtype=dtype).eval()
 
     paths = [Path(REFERENCE, ready(getattr(reference, class_name)(config)))]
-    model, missing = _transformers_model(class_name, config)
+    model, missing = transformers_model(class_name, config)
     if model is not None:
         original = ready(model)
         attention = getattr(original.config, "_attn_implementation", None)
@@ -142,7 +142,7 @@ def _replaced(model: nn.Module) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
-def _transformers_model(class_name: str, config: reference.Config) -> tuple[Any, str | None]:
+def transformers_model(class_name: str, config: reference.Config) -> tuple[Any, str | None]:
     """transformers' model with random weights, with its own choice of attention (sdpa where it has it)."""
     if importlib.util.find_spec("transformers") is None:
         return None, "transformers is not installed, so its rows are left out"

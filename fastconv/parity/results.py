@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from fastconv.parity import paths
@@ -127,6 +127,19 @@ class Verification:
             for row in self.rows
         ]
         return _finite(found)
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> Verification:
+        """What `to_dict` made of a result, of one in which every number was finite. Raises KeyError for another."""
+        rows = [
+            Row(**{**_fields(Row, row), "comparison": Comparison(**_fields(Comparison, row["comparison"]))})
+            for row in found["rows"]
+        ]
+        return cls(**{**_fields(cls, found), "rows": rows})
+
+
+def _fields(cls: Any, found: Mapping[str, Any]) -> dict[str, Any]:
+    return {field.name: found[field.name] for field in fields(cls) if field.name in found}
 
 
 def _part(error: float, allowed: float) -> float:

@@ -57,13 +57,25 @@ def build(name: str, **changes: int) -> Any:
 
     Raises: ValueError for another name.
     """
+    config = config_of(name, **changes)
+    return random_model(getattr(models, _SHAPES[name][0]), config)
+
+
+def config_of(name: str, **changes: int) -> Any:
+    """The config of a published shape; see `build`."""
     if name not in _SHAPES:
         raise ValueError(f"unknown shape {name!r}: expected one of {', '.join(NAMES)}")
     class_name, values = _SHAPES[name]
-    model_class = getattr(models, class_name)
+    return getattr(models, class_name).config_class(**{**values, **changes})
+
+
+def random_model(model_class: Any, config: Any) -> Any:
+    """A model of a class of fastconv.models or fastconv.reference with random weights, the same in every run, in fp32
+    and eval mode.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = model_class(model_class.config_class(**{**values, **changes}))
+        model = model_class(config)
         _enliven(model)
     return model.eval()
 

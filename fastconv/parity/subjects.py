@@ -75,7 +75,7 @@ def load(name: str | os.PathLike[str], sentences: Sequence[str]) -> Subject:
         folder = find_folder(name, (*checkpoints.FILES, *tokenization.FILES))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}, nor one of {', '.join(shapes.NAMES)}") from None
-    class_name, tokenizer_class, notes = _classes(folder)
+    class_name, tokenizer_class, notes = classes(folder)
     tokenizer = tokenizer_class.from_pretrained(folder)
     with warnings.catch_warnings(record=True) as caught, torch.random.fork_rng(devices=[]):
         warnings.simplefilter("always")
@@ -85,12 +85,27 @@ def load(name: str | os.PathLike[str], sentences: Sequence[str]) -> Subject:
     return _subject(name, model, tokenizer, "checkpoint", notes)
 
 
+def one_layer(name: str | os.PathLike[str]) -> tuple[str, reference.Config]:
+    """The class and the config that `load` finds, with a single layer: all are of the same shapes.
+
+    Of a checkpoint only config.json is needed. Raises: what `load` raises.
+    """
+    if name in shapes.NAMES and not Path(name).is_dir():
+        model = shapes.build(os.fspath(name), num_hidden_layers=1)
+        return type(model).__name__, model.config
+    folder = find_folder(name, ["config.json"])
+    class_name, _, _ = classes(folder)
+    config_class = getattr(models, class_name).config_class
+    config = config_class.from_pretrained(folder)
+    return class_name, config_class.from_dict({**config.to_dict(), "num_hidden_layers": 1})
+
+
 def _subject(name: str | os.PathLike[str], model: Any, tokenizer: Any, source: str, notes: list[str]) -> Subject:
     weights = model.state_dict()
     return Subject(os.fspath(name), type(model).__name__, model.config, weights, tokenizer, source, tuple(notes))
 
 
-def _classes(folder: Path) -> tuple[str, Any, list[str]]:
+def classes(folder: Path) -> tuple[str, Any, list[str]]:
     """The class that config.json names, or else the encoder of its family; the class of its tokenizer; and notes."""
     config = read_json(folder / "config.json")
     if config.get("model_type") not in FAMILIES:

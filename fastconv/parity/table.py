@@ -93,7 +93,7 @@ def verdict(result: Verification) -> str:
 def render(result: Verification) -> str:
     """The whole report."""
     lines = [title(result), *context(result), ""]
-    lines += _aligned([HEADER, *cells(result)])
+    lines += aligned([HEADER, *cells(result)])
     lines += [
         f"{row.path}: {row.speedup(kept):.2f}x of {kept.path}"
         for row in result.rows
@@ -104,7 +104,8 @@ def render(result: Verification) -> str:
     return "\n".join([*lines, verdict(result)])
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The rows as lines, in columns: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
