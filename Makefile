@@ -11,7 +11,7 @@ MINILM := $(BIN)/python -c 'import importlib.util as u; print(u.find_spec("gt_al
 
 .venv/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv
-	$(PIP) install --constraint $(CONSTRAINTS) --editable ".[test,demo,plot,h5,transformers,peft]" ruff mypy
+	$(PIP) install --constraint $(CONSTRAINTS) --editable ".[test,demo,bench,h5,transformers,peft]" ruff mypy
 	@touch $@
 
 # The main job, twice: a real BERT out of a package, and ConvBERT's base shape with random weights.
@@ -75,12 +75,14 @@ aot-short: .venv/installed .venv-triton-3.6.0/installed .venv-triton-3.9.0/insta
 	$(BIN)/python tests/aot.py --targets gfx942 --dtypes bfloat16
 	.venv-triton-3.9.0/bin/python tests/aot.py --targets sm_100 --dtypes bfloat16
 
+# Every op and whole models on this machine, in ten minutes on two cores; what is measured already isn't again.
 bench: .venv/installed
-	$(BIN)/python bench/run.py
+	$(BIN)/fastconv bench --minutes 9 --out build/bench
 
-# On a machine with a CUDA GPU: any python3 with torch and triton, no installation, no network.
+# On a machine with a CUDA GPU: any python3 with torch and triton, no installation, no network. In ten minutes; again
+# until nothing is left.
 gpu:
-	$(PYTHON) bench/gpu.py
+	$(PYTHON) bench/gpu.py --minutes 9
 
 clean:
 	rm -rf build .venv .venv-*

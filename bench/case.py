@@ -1,9 +1,10 @@
-"""What a case of the benchmark is: one op on one shape in one direction, with its rivals."""
+"""What a case of the benchmark is: one op on one shape in one direction, or one whole model, with its rivals."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -14,18 +15,33 @@ Op = Callable[..., torch.Tensor]
 Tensors = dict[str, torch.Tensor]
 
 
-class BenchCase(ABC):
-    """One op on one shape.
+@dataclass(frozen=True)
+class Subject:
+    """What a case is of, as its record tells it; None where it has no such thing.
+
+    op: the op's name, "model" for a whole model
+    model: whose shape it is, "ConvBERT base"
+    batch, length: of the padded batch
+    tokens: those really computed, which are not padding
+    lengths: "full", or "text" where the sequences are as long as those of real text
+    """
+
+    op: str
+    model: str | None = None
+    batch: int | None = None
+    length: int | None = None
+    tokens: int | None = None
+    lengths: str = "full"
+
+
+class Case(ABC):
+    """What is measured: of an op (a BenchCase) or of a whole model.
 
     direction: "infer", forward without a gradient; "step", forward and backward; "fwd" or "bwd", its halves
     """
 
     dtype: torch.dtype
     direction: str
-    roundings = 1  # that the 2x rule allows beside: one for each op in a row
-    # Whether it is a piece of a model by itself: then its memory against the first rival's, and itself under
-    # torch.compile are of interest too.
-    whole = False
 
     @property
     @abstractmethod
@@ -33,8 +49,22 @@ class BenchCase(ABC):
         """Identifies the case in results."""
 
     @property
+    @abstractmethod
+    def subject(self) -> Subject:
+        """What it is of."""
+
+    @property
     def targets(self) -> dict[str, float]:
-        """Name of a ratio -> what it has to be at least: for a rival, how many times faster than it the op is."""
+        """Name of a ratio -> what it has to be at least, on a GPU.
+
+        The name of a rival: how many times faster than it fastconv is. "HF / fastconv graphs": how many times faster
+        than the one the other is. "HF memory": that rival's peak memory over fastconv's.
+        """
+        return {}
+
+    @property
+    def cpu_targets(self) -> dict[str, float]:
+        """The same on a CPU, where other things are slow."""
         return {}
 
     @abstractmethod
@@ -44,6 +74,35 @@ class BenchCase(ABC):
     @abstractmethod
     def flops(self) -> int:
         """Floating point operations of the formula."""
+
+    @abstractmethod
+    def labels(self, device: torch.device) -> list[str]:
+        """Those of `runs` without torch.compile, "fastconv" first; cheap, for lists of what there is."""
+
+    @abstractmethod
+    def parity(self, device: torch.device) -> dict[str, Comparison]:
+        """The results on this shape, judged by the 2x rule: one comparison for each output and gradient."""
+
+    @abstractmethod
+    def runs(self, device: torch.device, *, compiled: bool) -> dict[str, Run]:
+        """What to time: "fastconv", other ways of its own named "fastconv ...", and rivals.
+
+        What has to be made for them is made here, for each call anew: a case holds no tensors.
+
+        compiled: with torch.compile of the first rival, named "HF compile" for "HF"
+        """
+
+
+class BenchCase(Case):
+    """One op on one shape."""
+
+    roundings = 1  # that the 2x rule allows beside: one for each op in a row
+    # Whether it is a piece of a model by itself, of several ops: then itself under torch.compile is of interest too.
+    whole = False
+
+    @property
+    def subject(self) -> Subject:
+        return Subject(op=self.name.split()[0])
 
     @abstractmethod
     def tensors(self, normal: Callable[..., torch.Tensor]) -> Tensors:
@@ -61,6 +120,9 @@ class BenchCase(ABC):
     def rivals(self, device: torch.device) -> dict[str, Op]:
         """Name -> what else computes the same. The first is what torch.compile compiles."""
 
+    def labels(self, device: torch.device) -> list[str]:
+        return ["fastconv", *self.rivals(device)]
+
     def inputs(self, device: torch.device) -> tuple[Tensors, torch.Tensor]:
         """The op's tensors by name, and a gradient for its output."""
         generator = torch.Generator(device).manual_seed(0)
@@ -74,7 +136,6 @@ class BenchCase(ABC):
         return tensors, normal(*shape)
 
     def parity(self, device: torch.device) -> dict[str, Comparison]:
-        """The op's result on this shape, judged by the 2x rule: one comparison for each output and gradient."""
         tensors, dy = self.inputs(device)
         out = self.with_gradients(self.op, tensors, dy)
         own = self.with_gradients(self.reference, tensors, dy)
@@ -93,16 +154,17 @@ class BenchCase(ABC):
         return {"y": y.detach()} | {f"d{k}": g for k, g in zip(leaves, grads, strict=True)}
 
     def runs(self, device: torch.device, *, compiled: bool) -> dict[str, Run]:
-        """What to time: "fastconv" and its rivals; if `compiled`, torch.compile of the first, and of a whole piece."""
+        """Of "fastconv" and its rivals; if `compiled`, torch.compile of the first, and of fastconv if it is a piece."""
         tensors, dy = self.inputs(device)
         rivals = self.rivals(device)
         ways: dict[str, Op] = {"fastconv": self.op, **rivals}
         if compiled:
             # What was compiled for other cases counts against the limit of recompilations, past which it runs eagerly.
             torch.compiler.reset()
-            ways["torch.compile"] = torch.compile(next(iter(rivals.values())), dynamic=False)
+            first = next(iter(rivals))
+            ways[f"{first} compile"] = torch.compile(rivals[first], dynamic=False)
             if self.whole:
-                ways["fastconv compiled"] = torch.compile(self.op, dynamic=False)
+                ways["fastconv compile"] = torch.compile(self.op, dynamic=False)
         return {label: self._timed(way, tensors, dy) for label, way in ways.items()}
 
     def _timed(self, way: Op, tensors: Tensors, dy: torch.Tensor) -> Run:
@@ -113,10 +175,17 @@ class BenchCase(ABC):
             return lambda: way(**leaves)
         if self.direction == "step":
             return lambda: torch.autograd.grad(way(**leaves), list(leaves.values()), dy)
-        y, wanted = way(**leaves), list(leaves.values())
-        return lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True)
+        made: list[torch.Tensor] = []
+
+        def backward() -> object:
+            if not made:  # at the first call, so that a rival's forward that raises is that rival's failure
+                made.append(way(**leaves))
+            return torch.autograd.grad(made[0], list(leaves.values()), dy, retain_graph=True)
+
+        return backward
 
 
 def ends(t: torch.Tensor) -> torch.Tensor:
-    """The first and last rows of a large tensor; those in between are made alike."""
-    return t if t.dim() < 2 or len(t) <= 2048 else torch.cat([t[:1024], t[-1024:]])
+    """The first and last rows of a large tensor (..., C); those in between are made alike."""
+    rows = t.flatten(0, -2) if t.dim() > 2 else t
+    return t if t.dim() < 2 or len(rows) <= 2048 else torch.cat([rows[:1024], rows[-1024:]])

@@ -1,4 +1,4 @@
-"""Every case: for each op its shapes, its rivals, and the bytes and operations that it can't do without."""
+"""Every case: for each op and each whole model its shapes, its rivals, and the bytes and operations that it needs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from fastconv.bench import (
     layer_norm_cases,
     masked_attention_cases,
     masked_lm_loss_cases,
+    model_cases,
     separable_conv_cases,
+    shapes,
     span_dynamic_conv_cases,
     span_kernel_logits_cases,
 )
-from fastconv.bench.case import BenchCase
+from fastconv.bench.case import Case
 
-_MODULES = (
+_OPS = (
     layer_norm_cases,
     dense_cases,
     separable_conv_cases,
@@ -30,9 +32,19 @@ _MODULES = (
 )
 
 
-def cases(device: torch.device, *, quick: bool = False) -> list[BenchCase]:
-    """Every case for a device: the shapes of the published models, and on a GPU enough tokens to fill it.
+def cases(device: torch.device, *, quick: bool = False) -> list[Case]:
+    """Every case for a device, the most informative first: what a run that is cut short would miss comes last.
 
-    quick: one small shape of each op
+    Where two models ask the same of an op, the case is the first one's.
+
+    quick: tiny shapes of each op, and a tiny model
     """
-    return [case for module in _MODULES for case in module.cases(device, quick=quick)]
+    if quick:
+        return [case for module in (*_OPS, model_cases) for case in module.quick(shapes.QUICK)]
+    found: dict[str, Case] = {}
+    for point in shapes.plan(device):
+        made = [case for module in _OPS for case in module.at(point)]
+        wanted = [case for case in made if point.ops is None or case.subject.op in point.ops]
+        for case in [*wanted, *(model_cases.at(point) if point.model else [])]:
+            found.setdefault(case.name, case)
+    return list(found.values())

@@ -4,62 +4,82 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from fastconv.bench import shapes
 from fastconv.bench.case import BenchCase, Op, Tensors
+from fastconv.bench.op_case import OpCase
+from fastconv.bench.shapes import Place, Point
+from fastconv.bench.span_dynamic_conv_cases import hf_span_dynamic_conv
 from fastconv.ops import span_dynamic_conv, span_kernel_logits
+from fastconv.reference import ConvBertConfig
 from fastconv.reference.ops import separable_conv as reference_separable_conv
 from fastconv.reference.ops import span_dynamic_conv as reference_span_dynamic_conv
 
 
 @dataclass(frozen=True)
-class ConvBranchCase(BenchCase):
+class ConvBranchCase(OpCase):
     """The branch on hidden states (batch, length, 2 * heads * size), its query and the value to convolve given."""
 
-    batch: int
-    length: int
     heads: int
     size: int
-    dtype: torch.dtype
-    direction: str
     taps: int = 9
+
+    title = "conv_branch"
     roundings = 3
     whole = True
 
     @property
-    def name(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"conv_branch {self.direction} {self.batch}x{self.length}x{self.heads}x{self.size} k{self.taps} {dtype}"
+    def shape(self) -> str:
+        return f"{self.heads}x{self.size} k{self.taps}"
 
     @property
     def targets(self) -> dict[str, float]:
+        if self.place.tokens < 4096:
+            return {}
         forward, step = (3.5, 2.8) if self.dtype == torch.float32 else (2.0, 2.5)
         if self.direction == "infer":
-            return {"HF": forward, "HF / compiled": 5.0, "HF memory": 3.0}
-        return {"HF": step, "HF memory": 3.0}
+            return {"HF": forward, **({"HF / fastconv compile": 5.0} if self.place.compiled else {}), "HF memory": 3.0}
+        return {"HF": step, "HF memory": 3.0} if self.direction == "step" else {}
+
+    @property
+    def cpu_targets(self) -> dict[str, float]:
+        return self.targets
 
     @property
     def _half(self) -> int:
         return self.heads * self.size
 
-    def bytes(self) -> int:
-        tokens, half = self.batch * self.length, self._half
-        inputs = tokens * (2 * half + half + half)  # hidden states, query, the convolution's input
-        weights = 2 * half * self.taps + 2 * half * half + half + (half + 1) * self.heads * self.taps
-        once = inputs + weights + tokens * half  # and the output
-        if self.direction == "infer":
-            return once * self.dtype.itemsize
-        return (2 * once + inputs + weights) * self.dtype.itemsize  # again with dy, and every gradient
+    @property
+    def _logits(self) -> int:
+        return self.heads * self.taps
 
-    def flops(self) -> int:
-        half, logits = self._half, self.heads * self.taps
+    def bytes_of(self, direction: str) -> int:
+        tokens, half, logits = self.place.tokens, self._half, self._logits
+        inputs = tokens * (2 * half + half + half)  # hidden states, query, the convolution's input
+        weights = 2 * half * self.taps + 2 * half * half + logits * half
+        biases = half + logits
+        once = inputs + weights + biases + tokens * half  # and the output
+        if direction == "infer":
+            return once * self.dtype.itemsize
+        # For the backward: the depthwise part, the product, that times the query, and the logits; of those the largest
+        # and the sum, in fp32.
+        saved = tokens * (2 * half + half + half + logits) * self.dtype.itemsize + 2 * tokens * self.heads * 4
+        if direction == "fwd":
+            return once * self.dtype.itemsize + saved
+        read = inputs + weights + tokens * half  # and dy
+        return (read + inputs + weights + biases) * self.dtype.itemsize + saved  # write every gradient
+
+    def flops_of(self, direction: str) -> int:
+        half, logits = self._half, self._logits
         each = 2 * (2 * half * self.taps + 2 * half * half + half * logits + half * self.taps) + half + 4 * logits
-        return self.batch * self.length * each * (1 if self.direction == "infer" else 3)
+        return self.place.tokens * each * (2 if direction == "bwd" else 1)
 
     def tensors(self, normal: Callable[..., torch.Tensor]) -> Tensors:
-        lead, half, logits = (self.batch, self.length), self._half, self.heads * self.taps
+        lead, half, logits = self.place.lead, self._half, self._logits
         return {
             "hidden": normal(*lead, 2 * half),
             "query": normal(*lead, half),
@@ -71,12 +91,12 @@ class ConvBranchCase(BenchCase):
             "kernel_bias": normal(logits),
         }
 
-    def op(self, **t: torch.Tensor) -> torch.Tensor:
+    def op(self, **t: Any) -> torch.Tensor:
         separable = t["depthwise"], t["pointwise"], t["bias"]
         logits = span_kernel_logits(t["hidden"], *separable, t["query"], t["weight"], t["kernel_bias"])
         return span_dynamic_conv(t["value"], logits, self.taps)
 
-    def reference(self, **t: torch.Tensor) -> torch.Tensor:
+    def reference(self, **t: Any) -> torch.Tensor:
         span = reference_separable_conv(t["hidden"], t["depthwise"], t["pointwise"], t["bias"], gate=t["query"])
         return reference_span_dynamic_conv(t["value"], F.linear(span, t["weight"], t["kernel_bias"]), self.taps)
 
@@ -85,19 +105,21 @@ class ConvBranchCase(BenchCase):
             # As ConvBertSelfAttention of transformers computes it.
             x = F.conv1d(hidden.transpose(1, 2), depthwise, padding=self.taps // 2, groups=depthwise.shape[0])
             key = (F.conv1d(x, pointwise) + bias).transpose(1, 2)
-            kernel = F.linear(key * query, weight, kernel_bias).reshape(-1, self.taps, 1).softmax(1)
-            image = value.transpose(1, 2).contiguous().unsqueeze(-1)
-            columns = F.unfold(image, [self.taps, 1], padding=[self.taps // 2, 0])
-            windows = columns.transpose(1, 2).reshape(-1, self.size, self.taps)
-            return torch.matmul(windows, kernel).reshape(value.shape)
+            return hf_span_dynamic_conv(value, F.linear(key * query, weight, kernel_bias), self.taps)
 
         return {"HF": unfolded}
 
 
-def cases(device: torch.device, *, quick: bool = False) -> list[BenchCase]:
-    """ConvBERT base."""
-    half, single = torch.bfloat16, torch.float32
-    if quick:
-        return [ConvBranchCase(2, 16, 2, 8, single, direction) for direction in ("infer", "step")]
-    sizes = [(8, 512), (64, 512)] if device.type == "cuda" else [(8, 512)]
-    return [ConvBranchCase(*s, 6, 64, dt, way) for s in sizes for dt in (single, half) for way in ("infer", "step")]
+def at(point: Point) -> list[BenchCase]:
+    """ConvBERT's, forward and both passes: its halves are those of its ops."""
+    config, place = shapes.config(point.place.model), point.place
+    if not isinstance(config, ConvBertConfig) or place.lengths != "full":
+        return []
+    sizes = config.attention_heads, config.attention_head_size, config.conv_kernel_size
+    ways = [way for way in point.directions if way in ("infer", "step")]
+    return [ConvBranchCase(place, point.dtype, way, *sizes) for way in ways]
+
+
+def quick(places: list[Place]) -> list[BenchCase]:
+    """Tiny ones."""
+    return [ConvBranchCase(places[0], torch.float32, way, 2, 8) for way in ("infer", "step")]

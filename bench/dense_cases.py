@@ -4,55 +4,80 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from fastconv.bench import shapes
 from fastconv.bench.case import BenchCase, Op, Tensors
+from fastconv.bench.op_case import OpCase
+from fastconv.bench.shapes import Place, Point
 from fastconv.ops import grouped_linear, linear_act
+from fastconv.reference import ConvBertConfig
 from fastconv.reference.ops import grouped_linear as reference_grouped_linear
 from fastconv.reference.ops import linear_act as reference_linear_act
 
 
 @dataclass(frozen=True)
-class GroupedLinearCase(BenchCase):
-    """grouped_linear of (tokens, groups * size_in) to (tokens, groups * size_out), with a GELU or without."""
+class _DenseCase(OpCase):
+    """groups products of (tokens, size_in) and (size_in, size_out), with a GELU or without."""
 
-    tokens: int
     groups: int
     size_in: int
     size_out: int
     activation: str | None
-    dtype: torch.dtype
-    direction: str
-
-    @property
-    def name(self) -> str:
-        return f"grouped_linear {_label(self)} {self.groups}x{self.size_in}x{self.size_out} {_dtype(self)}"
+    rival = ""  # what has to be beaten by `faster`
+    faster = 1.0
+    keeps_bias = False  # whether the backward reads the bias: the pre-activation is kept without it
 
     @property
     def targets(self) -> dict[str, float]:
-        return {"bmm": 1.2} if self.tokens >= 4096 and self.dtype.itemsize == 2 else {}
+        half = self.place.tokens >= 4096 and self.dtype.itemsize == 2
+        return {self.rival: self.faster} if half and self.direction != "step" else {}
 
-    def bytes(self) -> int:
-        values = self.tokens * self.groups * self.size_out
+    def bytes_of(self, direction: str) -> int:
+        inputs, outputs = (self.place.tokens * self.groups * size for size in (self.size_in, self.size_out))
         weight, bias = self.groups * self.size_in * self.size_out, self.groups * self.size_out
-        return _bytes(self, self.tokens * self.groups * self.size_in, values, weight, bias)
+        saved = outputs if self.activation else 0  # the pre-activation
+        if direction == "bwd":
+            read = outputs + saved + inputs + weight + (bias if self.keeps_bias else 0)  # dy, x and what is kept
+            return self.dtype.itemsize * (read + inputs + weight + bias)  # write dx, dweight and dbias
+        written = outputs + (saved if direction == "fwd" else 0)  # y, and what the backward needs
+        return self.dtype.itemsize * (inputs + weight + bias + written)
 
-    def flops(self) -> int:
-        return _flops(self, self.tokens * self.groups, self.size_in, self.size_out)
+    def flops_of(self, direction: str) -> int:
+        products = 2 if direction == "bwd" else 1  # dx and dweight
+        # A GELU is counted as 10 operations, its derivative as as many; the bias, or its gradient, as one.
+        each = 2 * self.size_in * products + 1 + (10 if self.activation else 0)
+        return self.place.tokens * self.groups * self.size_out * each
+
+
+@dataclass(frozen=True)
+class GroupedLinearCase(_DenseCase):
+    """grouped_linear of (tokens, groups * size_in) to (tokens, groups * size_out)."""
+
+    title, rival, faster = "grouped_linear", "bmm", 1.2
+
+    @property
+    def variant(self) -> str:  # type: ignore[override]
+        return "gelu+" if self.activation else ""
+
+    @property
+    def shape(self) -> str:
+        return f"{self.groups}x{self.size_in}->{self.size_out}"
 
     def tensors(self, normal: Callable[..., torch.Tensor]) -> Tensors:
         return {
-            "x": normal(self.tokens, self.groups * self.size_in),
+            "x": normal(self.place.tokens, self.groups * self.size_in),
             "weight": normal(self.groups, self.size_in, self.size_out) / self.size_in**0.5,
             "bias": normal(self.groups * self.size_out),
         }
 
-    def op(self, **tensors: torch.Tensor) -> torch.Tensor:
+    def op(self, **tensors: Any) -> torch.Tensor:
         return grouped_linear(**tensors, activation=self.activation)
 
-    def reference(self, **tensors: torch.Tensor) -> torch.Tensor:
+    def reference(self, **tensors: Any) -> torch.Tensor:
         return reference_grouped_linear(**tensors, activation=self.activation)
 
     def rivals(self, device: torch.device) -> dict[str, Op]:
@@ -67,98 +92,53 @@ class GroupedLinearCase(BenchCase):
 
 
 @dataclass(frozen=True)
-class LinearActCase(BenchCase):
-    """linear_act of (tokens, size_in) to (tokens, size_out), with a GELU."""
+class LinearActCase(_DenseCase):
+    """linear_act of (tokens, size_in) to (tokens, size_out), with a GELU; groups is 1."""
 
-    tokens: int
-    size_in: int
-    size_out: int
-    dtype: torch.dtype
-    direction: str
-    activation = "gelu"
+    title, rival, faster, keeps_bias = "linear_act", "torch", 1.1, True
 
     @property
-    def name(self) -> str:
-        return f"linear_act {_label(self)} {self.size_in}x{self.size_out} {_dtype(self)}"
-
-    @property
-    def targets(self) -> dict[str, float]:
-        return {"torch": 1.1} if self.tokens >= 4096 and self.dtype.itemsize == 2 else {}
-
-    def bytes(self) -> int:
-        return _bytes(
-            self,
-            self.tokens * self.size_in,
-            self.tokens * self.size_out,
-            self.size_in * self.size_out,
-            self.size_out,
-        )
-
-    def flops(self) -> int:
-        return _flops(self, self.tokens, self.size_in, self.size_out)
+    def shape(self) -> str:
+        return f"{self.size_in}->{self.size_out}"
 
     def tensors(self, normal: Callable[..., torch.Tensor]) -> Tensors:
         return {
-            "x": normal(self.tokens, self.size_in),
+            "x": normal(self.place.tokens, self.size_in),
             "weight": normal(self.size_out, self.size_in) / self.size_in**0.5,
             "bias": normal(self.size_out),
         }
 
-    def op(self, **tensors: torch.Tensor) -> torch.Tensor:
+    def op(self, **tensors: Any) -> torch.Tensor:
         return linear_act(**tensors, activation=self.activation)
 
-    def reference(self, **tensors: torch.Tensor) -> torch.Tensor:
+    def reference(self, **tensors: Any) -> torch.Tensor:
         return reference_linear_act(**tensors, activation=self.activation)
 
     def rivals(self, device: torch.device) -> dict[str, Op]:
         return {"torch": lambda x, weight, bias: F.gelu(F.linear(x, weight, bias))}
 
 
-Case = GroupedLinearCase | LinearActCase
-
-
-def _dtype(case: Case) -> str:
-    return str(case.dtype).removeprefix("torch.")
-
-
-def _label(case: Case) -> str:
-    return f"{'gelu ' if case.activation else ''}{case.direction} {case.tokens}"
-
-
-def _bytes(case: Case, inputs: int, outputs: int, weight: int, bias: int) -> int:
-    saved = outputs if case.activation else 0  # the pre-activation
-    if case.direction == "bwd":
-        read = outputs + saved + inputs + weight  # dy, pre-activation, x and weight
-        return case.dtype.itemsize * (read + inputs + weight + bias)  # write dx, dweight and dbias
-    written = outputs + (saved if case.direction == "fwd" else 0)  # y, and what the backward needs
-    return case.dtype.itemsize * (inputs + weight + bias + written)
-
-
-def _flops(case: Case, rows: int, size_in: int, size_out: int) -> int:
-    products = 2 if case.direction == "bwd" else 1  # dx and dweight
-    # A GELU is counted as 10 operations, its derivative as as many; the bias, or its gradient, as one.
-    return rows * size_out * (2 * size_in * products + 1 + (10 if case.activation else 0))
-
-
-def cases(device: torch.device, *, quick: bool = False) -> list[BenchCase]:
-    """ConvBERT medium-small's grouped feed-forward network and base's dense one."""
-    half, single = torch.bfloat16, torch.float32
-    grouped = [(2, 192, 768, "gelu"), (2, 768, 192, None)]
-    if quick:
-        return [
-            GroupedLinearCase(64, 2, 32, 48, "gelu", single, "infer"),
-            LinearActCase(64, 32, 48, single, "bwd"),
-        ]
-    if device.type == "cuda":
-        sizes = [(tokens, half) for tokens in (128, 4096, 32768)] + [(4096, torch.float16), (4096, single)]
-    else:
-        sizes = [(4096, single), (4096, half)]
-    every = ("infer", "fwd", "bwd")
-    found: list[BenchCase] = [
-        GroupedLinearCase(tokens, *layer, dtype, direction)
-        for tokens, dtype in sizes
-        for layer in grouped
-        for direction in every
-    ]
-    found += [LinearActCase(tokens, 768, 3072, dtype, direction) for tokens, dtype in sizes for direction in every]
+def at(point: Point) -> list[BenchCase]:
+    """A dense feed-forward network's first layer, or both layers of a grouped one."""
+    config = shapes.config(point.place.model)
+    wide, narrow = config.intermediate_size, config.hidden_size
+    groups = config.num_groups if isinstance(config, ConvBertConfig) else 1
+    found: list[BenchCase] = []
+    for way in point.directions:
+        where = point.place, point.dtype, way
+        if groups == 1:
+            found.append(LinearActCase(*where, 1, narrow, wide, "gelu"))
+        else:
+            found.append(GroupedLinearCase(*where, groups, narrow // groups, wide // groups, "gelu"))
+            found.append(GroupedLinearCase(*where, groups, wide // groups, narrow // groups, None))
     return found
+
+
+def quick(places: list[Place]) -> list[BenchCase]:
+    """A tiny one of each kind."""
+    single, place = torch.float32, places[0]
+    return [
+        *(GroupedLinearCase(place, single, way, 2, 32, 48, "gelu") for way in ("infer", "step")),
+        GroupedLinearCase(place, single, "bwd", 2, 32, 48, None),
+        *(LinearActCase(place, single, way, 1, 32, 48, "gelu") for way in ("infer", "fwd", "bwd")),
+    ]

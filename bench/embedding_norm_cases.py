@@ -2,160 +2,142 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from fastconv import Packing
+from fastconv.bench import shapes
 from fastconv.bench.case import BenchCase, Op, Tensors, ends
+from fastconv.bench.op_case import OpCase
+from fastconv.bench.shapes import Place, Point
 from fastconv.ops import embedding_norm
+from fastconv.reference import RoCBertConfig
 from fastconv.reference.ops import embedding_norm as reference_embedding_norm
 from fastconv.tolerance import Comparison, compare
 
-_POSITIONS, _TYPES, _PADDING = 512, 2, 0
+_TYPES, _PADDING = 2, 0
+
+
+@functools.lru_cache(maxsize=4)
+def words(tokens: int, vocabulary: int, device: torch.device) -> torch.Tensor:
+    """(tokens,) ids. As in text few words make up most of it: the first is every fifteenth token."""
+    generator = torch.Generator().manual_seed(0)
+    rank = torch.rand(tokens, generator=generator, dtype=torch.float64)
+    return (vocabulary**rank - 1).long().clamp(0, vocabulary - 1).to(device)
+
+
+@functools.lru_cache(maxsize=4)
+def _ids_of_types(place: Place, device: torch.device) -> torch.Tensor:
+    """As transformers' buffer, one row for all sequences of a batch; of a packed batch, one of each token."""
+    shape = (1, place.length) if place.lengths == "full" else place.lead
+    return torch.zeros(shape, dtype=torch.int64, device=device)
 
 
 @dataclass(frozen=True)
-class EmbeddingNormCase(BenchCase):
-    """embedding_norm of (batch, length) ids of a vocabulary, with dropout in training.
+class EmbeddingNormCase(OpCase):
+    """embedding_norm of a batch's ids of a vocabulary, with dropout in training; of text, without its padding."""
 
-    packing: the sequences stand one after the other, and 40 % of the padded batch would be padding
-    """
-
-    batch: int
-    length: int
     channels: int
     vocabulary: int
-    dtype: torch.dtype
-    direction: str
-    packing: bool = False
+    positions: int = 512
+
+    title = "embedding_norm"
 
     @property
-    def name(self) -> str:
-        dtype, kind = str(self.dtype).removeprefix("torch."), "packed " if self.packing else ""
-        return f"{kind}embedding_norm {self.direction} {self.batch}x{self.length}x{self.channels} {dtype}"
+    def shape(self) -> str:
+        return f"{self.vocabulary}x{self.channels}"
 
     @property
     def dropout_p(self) -> float:
-        return 0.0 if self.direction == "infer" else 0.1
-
-    @cached_property
-    def _lengths(self) -> list[int]:
-        # 0.2 to 1 of the length, 0.6 on average.
-        return [max(1, self.length * (2 + 8 * row // max(1, self.batch - 1)) // 10) for row in range(self.batch)]
-
-    @property
-    def _tokens(self) -> int:
-        return sum(self._lengths) if self.packing else self.batch * self.length
-
-    @cached_property
-    def _words(self) -> torch.Tensor:
-        """(T,) ids. As in text few words make up most of it: the first is every fifteenth token."""
-        generator = torch.Generator().manual_seed(0)
-        rank = torch.rand(self._tokens, generator=generator, dtype=torch.float64)
-        return (self.vocabulary**rank - 1).long().clamp(0, self.vocabulary - 1)
-
-    @cached_property
-    def _made(self) -> dict[torch.device, dict]:
-        return {}
+        return 0.1 if self.training else 0.0
 
     def _given(self, device: torch.device) -> dict:
-        """ids, and the packing if there is one: made once, since they are not what is timed."""
-        if device not in self._made:
-            words = self._words.to(device)
-            if self.packing:
-                packing = Packing.from_lengths(self._lengths, device=device)
-                self._made[device] = {"ids": [words, None, torch.zeros_like(words)], "packing": packing}
-            else:
-                types = torch.zeros(1, self.length, dtype=torch.int64, device=device)
-                self._made[device] = {"ids": [words.view(self.batch, self.length), None, types]}
-        return self._made[device]
+        """ids, and the packing if there is one."""
+        ids = words(self.place.tokens, self.vocabulary, device).view(self.place.lead)
+        return {"ids": [ids, None, _ids_of_types(self.place, device)], "packing": self.place.packing(device)}
 
     def _gathered(self) -> int:
-        """Bytes of the rows that are read or whose gradient is written, each once."""
-        rows = self._words.unique().numel() + self.length + 1  # of words, positions and the one type
-        return rows * self.channels * self.dtype.itemsize
+        """Bytes of the rows that are read, each once: of words, positions and the one type."""
+        rows = words(self.place.tokens, self.vocabulary, torch.device("cpu")).unique().numel()
+        return (rows + max(self.place.rows) + 1) * self.channels * self.dtype.itemsize
 
-    def bytes(self) -> int:
-        size = self.dtype.itemsize
-        tensor, vector, stats = self._tokens * self.channels * size, self.channels * size, self._tokens * 4
-        ids = self._tokens * 8  # of words; the others are a sequence's or a computed place
-        if self.direction == "bwd":
-            tables = (self.vocabulary + _POSITIONS + _TYPES) * vector
+    def bytes_of(self, direction: str) -> int:
+        size, tokens = self.dtype.itemsize, self.place.tokens
+        tensor, vector, stats = tokens * self.channels * size, self.channels * size, tokens * 4
+        # Of words, and of types: of all tokens, or of one row of them.
+        ids = 8 * (tokens + (self.place.length if self.place.lengths == "full" else tokens))
+        seed = 8 if self.dropout_p else 0
+        if direction == "bwd":
+            tables = (self.vocabulary + self.positions + _TYPES) * vector
             return (
                 2 * tensor  # read dy and z
                 + 2 * stats  # read mean and rstd
                 + vector  # read weight
+                + seed
                 + 2 * vector  # write the gradients of weight and bias
                 + ids
                 + tables  # write the tables' gradients, which are dense
             )  # dz, sorted ids and partial sums are the kernels' own affair
-        training = self.direction == "fwd"
         return (
             ids
             + self._gathered()  # read the tables
             + 2 * vector  # read weight and bias
+            + seed
             + tensor  # write y
-            + (tensor + 2 * stats if training else 0)  # write z, mean and rstd for the backward
+            + (tensor + 2 * stats if direction == "fwd" else 0)  # write z, mean and rstd for the backward
         )
 
-    def flops(self) -> int:
-        if self.direction == "bwd":
+    def flops_of(self, direction: str) -> int:
+        if direction == "bwd":
             # scale of the dropout, xhat 2, sums of dy and dy * xhat 3, g 1, its sums 3, dz 4, sums of three tables 3
-            return self._tokens * self.channels * 17
+            return self.place.tokens * self.channels * 17
         # two additions, mean 1, deviation 1, squares 2, normalization 3, dropout 1
-        return self._tokens * self.channels * (10 if self.dropout_p else 9)
+        return self.place.tokens * self.channels * (10 if self.dropout_p else 9)
 
     def tensors(self, normal: Callable[..., torch.Tensor]) -> Tensors:
-        rows = {"words": self.vocabulary, "positions": _POSITIONS, "types": _TYPES}
+        rows = {"words": self.vocabulary, "positions": self.positions, "types": _TYPES}
         tables = {name: normal(number, self.channels) for name, number in rows.items()}
         return {**tables, "weight": normal(self.channels), "bias": normal(self.channels)}
 
-    def op(self, words, positions, types, weight, bias) -> torch.Tensor:
-        seed = torch.ones((), dtype=torch.int64, device=weight.device) if self.dropout_p else None
-        return embedding_norm(
-            tables=[words, positions, types],
-            weight=weight,
-            bias=bias,
-            padding_idx=[_PADDING, None, None],
-            dropout_p=self.dropout_p,
-            seed=seed,
-            **self._given(weight.device),
-        )
+    def _arguments(self, words, positions, types, weight, bias) -> dict[str, Any]:
+        tables = {"tables": [words, positions, types], "padding_idx": [_PADDING, None, None]}
+        return {**tables, "weight": weight, "bias": bias, **self._given(weight.device)}
 
-    def reference(self, words, positions, types, weight, bias, **dropout) -> torch.Tensor:
-        return reference_embedding_norm(
-            tables=[words, positions, types],
-            weight=weight,
-            bias=bias,
-            padding_idx=[_PADDING, None, None],
-            **dropout,
-            **self._given(weight.device),
-        )
+    def op(self, **tensors: Any) -> torch.Tensor:
+        seed = shapes.seed(tensors["weight"].device) if self.dropout_p else None
+        return embedding_norm(**self._arguments(**tensors), dropout_p=self.dropout_p, seed=seed)
+
+    def reference(self, **tensors: Any) -> torch.Tensor:
+        return reference_embedding_norm(**self._arguments(**tensors))
 
     def parity(self, device: torch.device) -> dict[str, Comparison]:
         tensors, dy = self.inputs(device)
         out = self.with_gradients(self.op, tensors, dy)
         # What was dropped is 0; elsewhere 0 is as good as impossible.
-        dropout = {"dropout_p": self.dropout_p, "dropout_mask": out["y"] != 0} if self.dropout_p else {}
+        dropout: dict[str, Any] = {}
+        if self.dropout_p:
+            dropout = {"dropout_p": self.dropout_p, "dropout_mask": out["y"] != 0}
 
-        def reference(**t):
-            return self.reference(**t, **dropout)
+        def reference(**t: Any) -> torch.Tensor:
+            return reference_embedding_norm(**self._arguments(**t), **dropout)
 
         own = self.with_gradients(reference, tensors, dy)
         truth = self.with_gradients(reference, {k: t.double() for k, t in tensors.items()}, dy.double())
         return {k: compare(ends(out[k]), ends(own[k]), ends(truth[k])) for k in out}
 
     def rivals(self, device: torch.device) -> dict[str, Op]:
-        given = self._given(device)
-        ids, _, kinds = given["ids"]
-        places = given["packing"].before if self.packing else torch.arange(self.length, device=device)[None]
-
         def eager(words, positions, types, weight, bias):
             # As transformers computes it.
+            given = self._given(weight.device)
+            ids, _, kinds = given["ids"]
+            packing = given["packing"]
+            places = (
+                packing.before if packing is not None else torch.arange(self.place.length, device=weight.device)[None]
+            )
             z = F.embedding(ids, words, _PADDING) + F.embedding(kinds, types)
             z = F.layer_norm(z + F.embedding(places, positions), z.shape[-1:], weight, bias, 1e-12)
             return F.dropout(z, self.dropout_p)
@@ -163,23 +145,17 @@ class EmbeddingNormCase(BenchCase):
         return {"HF": eager}
 
 
-def cases(device: torch.device, *, quick: bool = False) -> list[BenchCase]:
-    """Every case for a device: ConvBERT's and BERT's vocabulary at the sizes of base models and of one small one."""
-    half, single = torch.bfloat16, torch.float32
-    if quick:
-        return [EmbeddingNormCase(2, 64, 128, 1000, single, direction) for direction in ("infer", "fwd", "bwd")]
-    if device.type == "cuda":
-        shapes = [(1, 128, 768, half), (32, 512, 768, half), (128, 512, 768, half), (32, 512, 128, half)]
-        shapes += [(32, 512, 768, single)]
-    else:
-        shapes = [(8, 512, 768, single), (8, 512, 768, half)]
-    made = [
-        EmbeddingNormCase(batch, length, channels, 30522, dtype, direction)
-        for batch, length, channels, dtype in shapes
-        for direction in ("infer", "fwd", "bwd")
-    ]
-    batch, length, channels, dtype = shapes[1 if device.type == "cuda" else 0]
-    return made + [
-        EmbeddingNormCase(batch, length, channels, 30522, dtype, direction, packing=True)
-        for direction in ("infer", "bwd")
-    ]
+def at(point: Point) -> list[BenchCase]:
+    """BERT's and ConvBERT's: RoCBert projects what it has looked up before it adds positions and types."""
+    config = shapes.config(point.place.model)
+    if isinstance(config, RoCBertConfig):
+        return []
+    sizes = shapes.embedding_size(config), config.vocab_size, config.max_position_embeddings
+    return [EmbeddingNormCase(point.place, point.dtype, way, *sizes) for way in point.directions]
+
+
+def quick(places: list[Place]) -> list[BenchCase]:
+    """Tiny ones."""
+    full, text = places
+    kinds = [(full, "infer"), (full, "fwd"), (full, "bwd"), (text, "infer"), (text, "bwd")]
+    return [EmbeddingNormCase(place, torch.float32, way, 128, 100, 16) for place, way in kinds]

@@ -2,55 +2,62 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from fastconv.bench import shapes
 from fastconv.bench.case import BenchCase, Op, Tensors, ends
+from fastconv.bench.op_case import OpCase
+from fastconv.bench.shapes import Place, Point
 from fastconv.ops import layer_norm
 from fastconv.reference.ops import layer_norm as reference_layer_norm
 from fastconv.tolerance import Comparison, compare
 
 
 @dataclass(frozen=True)
-class LayerNormCase(BenchCase):
+class LayerNormCase(OpCase):
     """layer_norm of (tokens, channels), alone or with bias, dropout and residual before it.
 
     "infer" is without dropout.
     """
 
-    tokens: int
     channels: int
-    dtype: torch.dtype
-    direction: str
     fused: bool
 
+    title = "layer_norm"
+
     @property
-    def name(self) -> str:
-        kind = "bias+dropout+residual+" if self.dropout_p else "bias+residual+" if self.fused else ""
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{kind}layer_norm {self.direction} {self.tokens}x{self.channels} {dtype}"
+    def variant(self) -> str:  # type: ignore[override]
+        return "bias+dropout+residual+" if self.dropout_p else "bias+residual+" if self.fused else ""
+
+    @property
+    def shape(self) -> str:
+        return str(self.channels)
 
     @property
     def dropout_p(self) -> float:
-        return 0.1 if self.fused and self.direction != "infer" else 0.0
+        return 0.1 if self.fused and self.training else 0.0
 
     @property
     def targets(self) -> dict[str, float]:
         # From 16k tokens on launches and tails no longer show.
-        if self.tokens < 16384:
+        if self.place.tokens < 16384:
             return {}
         if self.direction == "bwd":
             return {"torch": 1.4} if self.fused else {}
-        return {"torch.compile": 1.0} if self.fused else {"copy": 0.90, "torch.compile": 1.0}
+        compiled = {"torch compile": 1.0} if self.place.compiled and self.direction != "step" else {}
+        return compiled if self.fused else {"copy": 0.90, **compiled}
 
-    def bytes(self) -> int:
-        size = self.dtype.itemsize
-        tensor, vector, stats = self.tokens * self.channels * size, self.channels * size, self.tokens * 4
+    def bytes_of(self, direction: str) -> int:
+        size, tokens = self.dtype.itemsize, self.place.tokens
+        tensor, vector, stats = tokens * self.channels * size, self.channels * size, tokens * 4
         seed = 8 if self.dropout_p else 0
-        if self.direction == "bwd":
+        if direction == "bwd":
             return (
                 2 * tensor  # read dy and z
                 + 2 * stats  # read mean and rstd
@@ -60,7 +67,7 @@ class LayerNormCase(BenchCase):
                 + (tensor if self.dropout_p else 0)  # write the residual's gradient: with dropout it isn't dx
                 + (3 if self.fused else 2) * vector  # write the gradients of weight, bias and x_bias
             )  # the partial sums of these are the kernel's own affair
-        training = self.direction == "fwd"
+        training = direction == "fwd"
         return (
             tensor  # read x
             + (tensor + vector if self.fused else 0)  # read residual and x_bias
@@ -71,8 +78,8 @@ class LayerNormCase(BenchCase):
             + (2 * stats if training else 0)  # write mean and rstd
         )
 
-    def flops(self) -> int:
-        if self.direction == "bwd":
+    def flops_of(self, direction: str) -> int:
+        if direction == "bwd":
             each = (
                 2  # xhat = (z - mean) * rstd
                 + 3  # sums of dy * xhat and of dy
@@ -91,20 +98,20 @@ class LayerNormCase(BenchCase):
                 + 2  # sum of squares
                 + 3  # * rstd * weight + bias
             )
-        return self.tokens * self.channels * each
+        return self.place.tokens * self.channels * each
 
     def tensors(self, normal: Callable[..., torch.Tensor]) -> Tensors:
-        shape = (self.tokens, self.channels)
+        shape = (self.place.tokens, self.channels)
         tensors = {"x": normal(*shape), "weight": normal(self.channels), "bias": normal(self.channels)}
         if self.fused:
             tensors |= {"x_bias": normal(self.channels), "residual": normal(*shape)}
         return tensors
 
-    def op(self, **tensors: torch.Tensor) -> torch.Tensor:
-        seed = torch.ones((), dtype=torch.int64, device=tensors["x"].device) if self.dropout_p else None
+    def op(self, **tensors: Any) -> torch.Tensor:
+        seed = shapes.seed(tensors["x"].device) if self.dropout_p else None
         return layer_norm(**tensors, dropout_p=self.dropout_p, seed=seed)
 
-    def reference(self, **tensors: torch.Tensor) -> torch.Tensor:
+    def reference(self, **tensors: Any) -> torch.Tensor:
         return reference_layer_norm(**tensors)
 
     def parity(self, device: torch.device) -> dict[str, Comparison]:
@@ -126,19 +133,28 @@ class LayerNormCase(BenchCase):
                 x = F.dropout(x + x_bias, self.dropout_p) + residual
             return F.layer_norm(x, x.shape[-1:], weight, bias, 1e-12)
 
-        return {"torch": chain}
+        found: dict[str, Op] = {"torch": chain}
+        if device.type == "cuda" and not self.fused and importlib.util.find_spec("liger_kernel") is not None:
+            found["Liger"] = _liger
+        return found
 
 
-def cases(device: torch.device, *, quick: bool = False) -> list[BenchCase]:
-    """Every case for a device: the shapes of the published models, and on a GPU enough tokens to fill it."""
-    half, single = torch.bfloat16, torch.float32
-    if quick:
-        shapes = [(256, 384, single)]
-    elif device.type == "cuda":
-        # 128 tokens: the latency of a single sentence. 65536: eight times the largest L2.
-        shapes = [(t, c, half) for t in (128, 16384, 65536) for c in (384, 768)]
-        shapes += [(16384, 768, torch.float16), (16384, 768, single), (16384, 4096, half)]
-    else:
-        shapes = [(4096, 768, single), (4096, 768, half), (128, 768, single)]
-    kinds = [("infer", False), ("bwd", False), ("infer", True), ("fwd", True), ("bwd", True)]
-    return [LayerNormCase(t, c, dtype, direction, fused) for t, c, dtype in shapes for direction, fused in kinds]
+def _liger(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    from liger_kernel.transformers.functional import liger_layer_norm
+
+    return liger_layer_norm(x, weight, bias, 1e-12)
+
+
+def at(point: Point) -> list[BenchCase]:
+    """After a sublayer, and where every direction is measured by itself too."""
+    kinds = (True, False) if len(point.directions) > 2 else (True,)
+    channels = shapes.config(point.place.model).hidden_size
+    return [
+        LayerNormCase(point.place, point.dtype, way, channels, fused) for fused in kinds for way in point.directions
+    ]
+
+
+def quick(places: list[Place]) -> list[BenchCase]:
+    """A tiny one of each kind."""
+    kinds = [("infer", False), ("bwd", False), ("infer", True), ("fwd", True), ("bwd", True), ("step", True)]
+    return [LayerNormCase(places[0], torch.float32, way, 96, fused) for way, fused in kinds]

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastconv import Packing
+from fastconv.bench import shapes
 from fastconv.bench.case import BenchCase, Op, Tensors
+from fastconv.bench.op_case import OpCase
+from fastconv.bench.shapes import Place, Point
 from fastconv.ops import masked_attention
 from fastconv.reference.ops import masked_attention as reference_masked_attention
-
-# How much of a padded row is tokens: 60 % on average.
-_FILLED = (1.0, 0.85, 0.75, 0.7, 0.6, 0.45, 0.3, 0.15)
 
 _BACKENDS = {
     "SDPA flash": SDPBackend.FLASH_ATTENTION,
@@ -24,21 +25,22 @@ _BACKENDS = {
     "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 
+# The padding that the targets are for is 40 %, within this.
+_ABOUT = 0.05
+
 
 @dataclass(frozen=True)
-class MaskedAttentionCase(BenchCase):
+class MaskedAttentionCase(OpCase):
     """Self-attention of (batch, length, heads, size).
 
-    kind: "dense", "lengths" (40 % of a batch is padding) or "packing" (the same without the padding)
+    kind: "dense"; of text "lengths", with the padding, or "packing", without
     """
 
     kind: str
-    batch: int
-    length: int
     heads: int
     size: int
-    dtype: torch.dtype
-    direction: str
+
+    title = "masked_attention"
 
     @property
     def roundings(self) -> int:  # type: ignore[override]
@@ -47,135 +49,175 @@ class MaskedAttentionCase(BenchCase):
         return 20 if self.dtype == torch.float32 else 1
 
     @property
-    def name(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return (
-            f"masked_attention {self.kind} {self.direction} {self.batch}x{self.length}x{self.heads}x{self.size} {dtype}"
-        )
+    def variant(self) -> str:  # type: ignore[override]
+        return "" if self.kind == "dense" else f"{self.kind} of "
+
+    @property
+    def shape(self) -> str:
+        return f"{self.heads}x{self.size}"
 
     @property
     def targets(self) -> dict[str, float]:
-        if self.batch * self.length < 4096 or self.size != 64 or self.dtype.itemsize > 2:
+        place = self.place
+        if place.size < 4096 or place.length < 512 or self.size != 64 or self.dtype.itemsize > 2:
             return {}
-        if self.kind == "lengths":
-            return {"SDPA": 1.5}
-        if self.kind == "packing":
-            return {"varlen_attn": 1.0}
-        if self.direction == "bwd":
-            return {"SDPA flash": 1.2, "SDPA cuDNN": 0.9}
-        return dict.fromkeys(_BACKENDS, 1.0)
-
-    @cached_property
-    def _lengths(self) -> list[int]:
-        """Tokens of each row."""
+        if self.direction == "step":
+            return {}
         if self.kind == "dense":
-            return [self.length] * self.batch
-        return [max(1, round(self.length * _FILLED[row % len(_FILLED)])) for row in range(self.batch)]
+            return {"SDPA flash": 1.2, "SDPA cuDNN": 0.9} if self.direction == "bwd" else dict.fromkeys(_BACKENDS, 1.0)
+        if place.padding < 0.4 - _ABOUT:
+            return {}
+        return {"SDPA": 1.5} if self.kind == "lengths" else {"varlen_attn": 1.0}
+
+    @property
+    def _packed(self) -> bool:
+        return self.kind == "packing"
 
     @property
     def _queries(self) -> int:
-        return sum(self._lengths) if self.kind == "packing" else self.batch * self.length
+        return self.place.tokens if self._packed else self.place.size
 
-    def bytes(self) -> int:
+    def bytes_of(self, direction: str) -> int:
         row = self.heads * self.size * self.dtype.itemsize
-        queries, keys = self._queries * row, sum(self._lengths) * row
+        # What stands in the padding of k and v nobody has to read; queries and gradients there are as any other.
+        queries, keys = self._queries * row, self.place.tokens * row
         stats = 2 * self._queries * self.heads * 4  # the largest score and the sum of a query
-        if self.direction == "bwd":
+        if direction == "bwd":
             read = 3 * queries + 2 * keys + stats  # q, y, dy; k, v; what the forward saved
-            return read + queries + 2 * keys  # write dq; dk, dv
-        return 2 * queries + 2 * keys + (stats if self.direction == "fwd" else 0)  # read q, k, v, write y
+            return read + 3 * queries  # write dq, dk, dv
+        return 2 * queries + 2 * keys + (stats if direction == "fwd" else 0)  # read q, k, v, write y
 
-    def flops(self) -> int:
-        queries = self._lengths if self.kind == "packing" else [self.length] * self.batch
-        pairs = sum(q * k for q, k in zip(queries, self._lengths, strict=True))
-        products = 5 if self.direction == "bwd" else 2  # scores again, dP, dq, dk and dv; scores and y
+    def flops_of(self, direction: str) -> int:
+        place = self.place
+        pairs = sum(keys * (keys if self._packed else place.length) for keys in place.rows)
+        products = 5 if direction == "bwd" else 2  # scores again, dP, dq, dk and dv; scores and y
         return 2 * products * pairs * self.heads * self.size
 
     def tensors(self, normal: Callable[..., torch.Tensor]) -> Tensors:
-        lead = (self._queries,) if self.kind == "packing" else (self.batch, self.length)
+        lead = (self._queries,) if self._packed else (self.place.batch, self.place.length)
         return {name: normal(*lead, self.heads, self.size) for name in "qkv"}
 
     def _options(self, device: torch.device) -> dict:
         if self.kind == "lengths":
-            return {"lengths": torch.tensor(self._lengths, dtype=torch.int32, device=device)}
-        return {"packing": Packing.from_lengths(self._lengths, device=device)} if self.kind == "packing" else {}
+            return {"lengths": shapes.lengths(self.place.rows, device)}
+        return {"packing": shapes.packing(self.place.rows, device)} if self._packed else {}
 
-    @cached_property
-    def _made(self) -> dict[torch.device, dict]:
-        return {}
+    def op(self, **tensors: Any) -> torch.Tensor:
+        return masked_attention(**tensors, **self._options(tensors["q"].device))
 
-    def op(self, **tensors: torch.Tensor) -> torch.Tensor:
-        # Made once: what says where the padding is, is not what is timed.
-        device = tensors["q"].device
-        return masked_attention(**tensors, **self._made.setdefault(device, self._options(device)))
-
-    def reference(self, **tensors: torch.Tensor) -> torch.Tensor:
+    def reference(self, **tensors: Any) -> torch.Tensor:
         return reference_masked_attention(**tensors, **self._options(tensors["q"].device))
 
     def rivals(self, device: torch.device) -> dict[str, Op]:
-        if self.kind == "packing":
-            return self._packed_rivals(device)
-        keep = torch.arange(self.length, device=device) < torch.tensor(self._lengths, device=device)[:, None]
-        mask = None if self.kind == "dense" else keep[:, None, None]
-
-        def eager(q, k, v):
-            # As transformers computes it where it has no fused attention.
-            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-            scores = torch.matmul(q, k.transpose(2, 3)) * self.size**-0.5
-            if mask is not None:
-                scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-            return torch.matmul(scores.softmax(-1), v).transpose(1, 2).contiguous()
-
-        def sdpa(q, k, v):
-            return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), mask).transpose(1, 2)
-
-        found: dict[str, Op] = {"HF": eager, "SDPA": sdpa}
-        if device.type == "cuda" and mask is None:
-            found |= {name: sdpa_kernel(backend)(sdpa) for name, backend in _BACKENDS.items() if self._runs(backend)}
-        if device.type == "cuda" and mask is not None:
-            found["FlexAttention"] = self._flex(device)
+        half_on_gpu = device.type == "cuda" and self.dtype.itemsize == 2
+        if self._packed:
+            return {"SDPA of each": self._sdpa_of_each} | (self._packed_rivals() if half_on_gpu else {})
+        found: dict[str, Op] = {"HF": self._hf, "SDPA": self._sdpa}
+        if device.type == "cuda":
+            if self.kind == "dense":
+                fitting = _BACKENDS if half_on_gpu else ["SDPA efficient"]
+                found |= {name: sdpa_kernel(_BACKENDS[name])(self._sdpa) for name in fitting}
+            else:
+                found["FlexAttention"] = self._flex
+        if half_on_gpu and self.kind == "dense" and importlib.util.find_spec("flash_attn") is not None:
+            found["flash-attn"] = self._flash_attn
         return found
 
-    def _runs(self, backend: SDPBackend) -> bool:
-        return self.dtype.itemsize == 2 or backend == SDPBackend.EFFICIENT_ATTENTION
+    def _mask(self, device: torch.device) -> torch.Tensor | None:
+        return None if self.kind == "dense" else _key_mask(self.place, device)
 
-    def _flex(self, device: torch.device) -> Op:
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    def _hf(self, q, k, v):
+        # As transformers computes it where it has no fused attention.
+        mask = self._mask(q.device)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        scores = torch.matmul(q, k.transpose(2, 3)) * self.size**-0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        return torch.matmul(scores.softmax(-1), v).transpose(1, 2).contiguous()
 
-        lengths = torch.tensor(self._lengths, device=device)
-        mask = create_block_mask(
-            lambda b, h, i, j: j < lengths[b], self.batch, None, self.length, self.length, device=str(device)
-        )
-        compiled = torch.compile(flex_attention, dynamic=False)
-        return lambda q, k, v: compiled(*(t.transpose(1, 2) for t in (q, k, v)), block_mask=mask).transpose(1, 2)
+    def _sdpa(self, q, k, v):
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, self._mask(q.device)).transpose(1, 2)
 
-    def _packed_rivals(self, device: torch.device) -> dict[str, Op]:
-        def each(q, k, v):
-            parts = zip(*(t.split(self._lengths) for t in (q, k, v)), strict=True)
-            rows = [F.scaled_dot_product_attention(*(t.transpose(0, 1)[None] for t in part))[0] for part in parts]
-            return torch.cat(rows, 1).transpose(0, 1)
+    def _flex(self, q, k, v):
+        compiled, mask = _flex_attention(self.place, q.device)
+        return compiled(*(t.transpose(1, 2) for t in (q, k, v)), block_mask=mask).transpose(1, 2)
 
-        found: dict[str, Op] = {"SDPA of each": each}
-        if device.type == "cuda" and self.dtype.itemsize == 2:
-            from torch.nn.attention.varlen import varlen_attn
+    def _flash_attn(self, q, k, v):
+        from flash_attn import flash_attn_func
 
-            ends = Packing.from_lengths(self._lengths, device=device).cu_seqlens.int()
-            longest = max(self._lengths)
-            found["varlen_attn"] = lambda q, k, v: varlen_attn(q, k, v, ends, ends, longest, longest)
+        return flash_attn_func(q, k, v)
+
+    def _sdpa_of_each(self, q, k, v):
+        parts = zip(*(t.split(list(self.place.rows)) for t in (q, k, v)), strict=True)
+        rows = [F.scaled_dot_product_attention(*(t.transpose(0, 1)[None] for t in part))[0] for part in parts]
+        return torch.cat(rows, 1).transpose(0, 1)
+
+    def _packed_rivals(self) -> dict[str, Op]:
+        longest, found = max(self.place.rows), {}
+
+        def ends(x: torch.Tensor) -> torch.Tensor:
+            return _ends(self.place, x.device)
+
+        if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
+
+            def varlen(q, k, v):
+                from torch.nn.attention.varlen import varlen_attn
+
+                return varlen_attn(q, k, v, ends(q), ends(q), longest, longest)
+
+            found["varlen_attn"] = varlen
+        if importlib.util.find_spec("flash_attn") is not None:
+
+            def flash_attn(q, k, v):
+                from flash_attn import flash_attn_varlen_func
+
+                return flash_attn_varlen_func(q, k, v, ends(q), ends(q), longest, longest)
+
+            found["flash-attn"] = flash_attn
         return found
 
 
-def cases(device: torch.device, *, quick: bool = False) -> list[BenchCase]:
-    """BERT base, ConvBERT base and medium-small with its heads of 48; on a GPU long sequences too."""
-    half, single = torch.bfloat16, torch.float32
-    kinds = ("dense", "lengths", "packing")
-    if quick:
-        shapes = [(kind, 2, 64, 2, 48, single) for kind in kinds]
-    elif device.type == "cuda":
-        shapes = [(kind, 32, 512, 12, 64, half) for kind in kinds]
-        shapes += [(kind, 8, 512, 6, 64, half) for kind in kinds] + [("dense", 1, 128, 12, 64, half)]
-        shapes += [("dense", 32, 512, 4, 48, half), ("lengths", 4, 4096, 12, 64, half)]
-        shapes += [("dense", 32, 512, 12, 64, torch.float16), ("dense", 8, 512, 12, 64, single)]
-    else:
-        shapes = [(kind, 8, 512, 12, 64, single) for kind in kinds]
-    return [MaskedAttentionCase(*shape, direction) for shape in shapes for direction in ("infer", "fwd", "bwd")]
+# Made once for all cases of a batch, as shapes.packing.
+
+
+@functools.lru_cache(maxsize=4)
+def _key_mask(place: Place, device: torch.device) -> torch.Tensor:
+    """(B, 1, 1, S) bool."""
+    return (torch.arange(place.length, device=device) < shapes.lengths(place.rows, device)[:, None])[:, None, None]
+
+
+@functools.lru_cache(maxsize=4)
+def _ends(place: Place, device: torch.device) -> torch.Tensor:
+    return shapes.packing(place.rows, device).cu_seqlens.int()
+
+
+@functools.lru_cache(maxsize=4)
+def _flex_attention(place: Place, device: torch.device):
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    lengths = shapes.lengths(place.rows, device)
+    mask = create_block_mask(
+        lambda b, h, i, j: j < lengths[b], place.batch, None, place.length, place.length, device=str(device)
+    )
+    return torch.compile(flex_attention, dynamic=False), mask
+
+
+def at(point: Point) -> list[BenchCase]:
+    """The heads that attend."""
+    kinds = ("dense",) if point.place.lengths == "full" else ("lengths", "packing")
+    sizes = shapes.attention_heads(shapes.config(point.place.model))
+    return [
+        MaskedAttentionCase(point.place, point.dtype, way, kind, *sizes) for kind in kinds for way in point.directions
+    ]
+
+
+def quick(places: list[Place]) -> list[BenchCase]:
+    """Tiny ones of every kind, with heads of 48 channels."""
+    full, text = places
+    kinds = [(full, "dense"), (text, "lengths"), (text, "packing")]
+    return [
+        MaskedAttentionCase(place, torch.float32, way, kind, 2, 48)
+        for place, kind in kinds
+        for way in ("infer", "fwd", "bwd")
+    ]

@@ -1,79 +1,212 @@
-"""Times the ops against their rivals in one process, interleaved.
+"""Measures cases: each checked, then timed with its rivals in one process, interleaved.
 
-    python bench/run.py [--device cpu|cuda] [--filter NAME] [--quick] [--compile] [--json FILE]
-
-A case is checked before it is timed: where the op doesn't keep the 2x rule against the reference in fp64, its figures
-are refused and the command fails. On a CPU the op runs its native formulation. Ratios are medians over the rounds of
-(rival's time / fastconv's time) and hold on any machine; times mean something on an idle one only. "copy" is a plain
-copy that moves as many bytes as the op has to, in the same run; "of roof" is bytes/s over those of a large copy.
-A whole piece of a model has two more ratios: its first rival's time over that of fastconv under torch.compile (where
-that runs: --compile), and the rival's peak memory beyond the tensors given over fastconv's.
+A case is checked before it is timed: where a result doesn't keep the 2x rule against the reference in fp64, or the case
+raises, its record has no figures. On a CPU the ops run their native formulation, never Triton's interpreter. Ratios are
+of the rounds (rival's time / fastconv's time) and hold on any machine; times mean something on an idle one only. "copy"
+is a plain copy that moves as many bytes as the op has to, in the same run.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
-import os
-import statistics
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+import contextlib
+import functools
+import gc
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch._functorch.config
 
 from fastconv import backend
-from fastconv.bench.case import BenchCase
-from fastconv.bench.cases import cases
-from fastconv.bench.provenance import provenance
-from fastconv.bench.roofs import Roofs, measure
-from fastconv.bench.timing import Run, interleaved, median_ratio
+from fastconv.bench import timing
+from fastconv.bench.case import Case
+from fastconv.bench.energy import joules
+from fastconv.bench.provenance import now
+from fastconv.bench.results import Record
+from fastconv.bench.roofs import Roofs
+from fastconv.bench.timing import Run
 from fastconv.parity.measure import peak_bytes
+from fastconv.recorder import Recorder
 
-RIVALS = ("copy", "torch", "HF", "bmm", "torch.compile")
+
+class Progress(Protocol):
+    """What a run tells."""
+
+    def start(self, case: Case, done: int, total: int, seconds_left: float | None) -> None:
+        """A case begins; so many of all are done, and the rest takes about so long (None: nobody knows yet)."""
+
+    def finish(self, record: Record) -> None:
+        """It is measured."""
 
 
-def run_case(case: BenchCase, device: torch.device, roofs: Roofs, *, rounds: int, compiled: bool) -> dict[str, object]:
+def _is_op(case: Case) -> bool:
+    return case.subject.op != "model"
+
+
+def run(
+    cases: Sequence[Case],
+    device: torch.device,
+    roofs: Roofs,
+    progress: Progress,
+    *,
+    rounds: int | None = None,
+    compiled: bool,
+    deadline: float | None = None,
+) -> Iterator[Record]:
+    """Measure the cases in the order given; yields each one's record.
+
+    rounds: None is enough for a steady median
+    compiled: with torch.compile of the first rivals
+    deadline: by time.monotonic(); a case that wouldn't be done by then, as far as one can tell, is left out
+    """
+    took: dict[tuple, list[float]] = {}  # seconds of the cases so far, by what they are of
+    for done, case in enumerate(cases):
+        if deadline is not None and time.monotonic() + _expected(case, took) > deadline:
+            continue
+        rest = sum(_expected(other, took) for other in cases[done:]) if took else None
+        if rest is not None and deadline is not None:
+            rest = min(rest, deadline - time.monotonic())
+        progress.start(case, done, len(cases), rest)
+        start = time.monotonic()
+        record = _record(case, device, roofs, rounds=rounds, compiled=compiled)
+        took.setdefault(_alike(case), []).append(time.monotonic() - start)
+        progress.finish(record)
+        yield record
+
+
+def _alike(case: Case) -> tuple:
+    return case.subject.op, case.subject.model, case.dtype
+
+
+def _expected(case: Case, took: dict[tuple, list[float]]) -> float:
+    """Seconds: as long as the longest of its kind, or as long as the average case."""
+    if own := took.get(_alike(case)):
+        return max(own)
+    every = [seconds for of_kind in took.values() for seconds in of_kind]
+    return sum(every) / len(every) if every else 0.0
+
+
+def _record(case: Case, device: torch.device, roofs: Roofs, *, rounds: int | None, compiled: bool) -> Record:
+    try:
+        record = run_case(case, device, roofs, rounds=rounds, compiled=compiled)
+    except Exception as error:  # of hundreds of cases one that fails is no reason to lose the others
+        record = _identity(case) | {"red": {"raised": _told(error)}}
+    if not _is_op(case):  # models are full of cycles; for each op's tensors looking for them would take too long
+        gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return record | {"date": now()}
+
+
+def run_case(case: Case, device: torch.device, roofs: Roofs, *, rounds: int | None, compiled: bool) -> Record:
     """The case's record: parity, and if that is green its times, ratios and rates."""
-    with backend("auto" if device.type == "cuda" else "native"):
-        record: dict[str, object] = {"case": case.name, "bytes": case.bytes(), "flops": case.flops()}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(backend("auto" if device.type == "cuda" else "native"))
+        # A compiled backward that reuses its inputs' memory could run only once.
+        stack.enter_context(torch._functorch.config.patch(donated_buffer=False))
         red = {name: str(result) for name, result in case.parity(device).items() if not result.ok}
         if red:
-            return record | {"red": red}
-        # A compiled backward that reuses its inputs' memory could run only once.
-        with torch._functorch.config.patch(donated_buffer=False):
-            runs = {**case.runs(device, compiled=compiled), "copy": _copy(case.bytes(), device)}
-            runs, broken = _working(runs)
-            times = interleaved(runs, device, rounds=rounds)
-            own = times["fastconv"]
-            ratios = {label: median_ratio(t, own) for label, t in times.items() if not label.startswith("fastconv")}
-            if case.whole:
-                ratios |= _of_a_whole(next(iter(case.rivals(device))), runs, times, device)
-    rate = case.bytes() / statistics.median(own)
-    return record | {
-        "ms": {label: 1e3 * statistics.median(t) for label, t in times.items()},
-        "ratios": ratios,
-        "bytes_per_s": rate,
-        "of_roof": rate / roofs.copy,
-        "flops_per_s": case.flops() / statistics.median(own),
-        "targets": case.targets,
-        "rounds": rounds,
-        **({"broken": broken} if broken else {}),
+            return _identity(case) | {"red": red}
+        recorder = None
+        if device.type == "cuda":
+            # All on the stream that captures: a backward runs on its forward's stream.
+            recorder = _recorder(torch.empty(0, device=device).device)
+            recorder.stream.wait_stream(torch.cuda.current_stream(device))
+            stack.enter_context(torch.cuda.stream(recorder.stream))
+        return _identity(case) | _figures(case, device, roofs, recorder, rounds=rounds, compiled=compiled)
+
+
+@functools.cache
+def _recorder(device: torch.device) -> Recorder:
+    # One for all cases: cuBLAS keeps a workspace for every stream.
+    return Recorder(device)
+
+
+def _identity(case: Case) -> Record:
+    subject = case.subject
+    return {
+        "case": case.name,
+        "kind": "op" if _is_op(case) else "model",
+        "op": subject.op,
+        "direction": case.direction,
+        "model": subject.model,
+        "batch": subject.batch,
+        "length": subject.length,
+        "tokens": subject.tokens,
+        "lengths": subject.lengths,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "bytes": case.bytes(),
+        "flops": case.flops(),
     }
 
 
-def _of_a_whole(
-    rival: str, runs: dict[str, Run], times: dict[str, list[float]], device: torch.device
-) -> dict[str, float]:
-    """The ratios that only a whole piece of a model has: of its compiled self, and of peak memory."""
-    found = {}
-    if rival in times and "fastconv compiled" in times:
-        found[f"{rival} / compiled"] = median_ratio(times[rival], times["fastconv compiled"])
-    if rival in runs:
-        peaks = [peak_bytes(runs[label], device) for label in (rival, "fastconv")]
-        found[f"{rival} memory"] = peaks[0] / peaks[1]
+def _figures(
+    case: Case, device: torch.device, roofs: Roofs, recorder: Recorder | None, *, rounds: int | None, compiled: bool
+) -> Record:
+    runs = case.runs(device, compiled=compiled)
+    if _is_op(case):
+        runs["copy"] = _copy(case.bytes(), device)
+    runs, broken = _working(runs)
+    # Each has run once. torch.compile's mode for latency records at its second call.
+    times = timing.interleaved(runs, device, rounds=rounds, warmup=2 if device.type == "cuda" else 1)
+    own = timing.spread(times["fastconv"])
+    peaks = {label: peak_bytes(run, device) for label, run in runs.items() if label != "copy"}
+    targets = case.targets if device.type == "cuda" else case.cpu_targets
+    roof, seconds = roofs.nearer(case.bytes(), case.flops(), str(case.dtype).removeprefix("torch."))
+    record: Record = {
+        "seconds": {label: timing.spread(of) for label, of in times.items()},
+        "ratios": _ratios(targets, times, peaks),
+        "bytes_per_s": case.bytes() / own["median"],
+        "flops_per_s": case.flops() / own["median"],
+        "roof": roof,
+        "of_roof": seconds / own["median"],
+        "peak_bytes": peaks,
+        "targets": targets,
+        "rounds": len(times["fastconv"]),
+    }
+    if broken:
+        record["broken"] = broken
+    if not _is_op(case):
+        record |= _of_a_model(case, runs, record["seconds"], device)
+    if recorder is not None:
+        record["host_seconds"] = timing.host_seconds(runs, device)
+        # Last: whoever can't be captured may leave more behind than anybody knows of.
+        replays = timing.graphs({k: run for k, run in runs.items() if not k.endswith("graphs")}, recorder)
+        if replays:
+            replayed = timing.interleaved(replays, device, rounds=rounds, warmup=1)
+            record["graph_seconds"] = {label: timing.spread(of) for label, of in replayed.items()}
+    return record
+
+
+def _ratios(
+    targets: dict[str, float], times: dict[str, list[float]], peaks: dict[str, int | None]
+) -> dict[str, timing.Spread]:
+    """Every label's time over fastconv's, and what else the targets name, where it was measured."""
+    ratios = {label: timing.ratio(of, times["fastconv"]) for label, of in times.items() if label != "fastconv"}
+    for name in targets:
+        slow, _, fast = name.partition(" / ")
+        rival = name.removesuffix(" memory")
+        own, other = peaks["fastconv"], peaks.get(rival)
+        if slow in times and fast in times:
+            ratios[name] = timing.ratio(times[slow], times[fast])
+        elif name != rival and own and other:
+            ratios[name] = timing.spread([other / own])
+    return ratios
+
+
+def _of_a_model(case: Case, runs: dict[str, Run], seconds: dict[str, timing.Spread], device: torch.device) -> Record:
+    tokens = case.subject.tokens
+    if not tokens:
+        raise ValueError(f"{case.name}: a whole model's case says how many tokens it computes, got {tokens}")
+    found: dict[str, Any] = {"tokens_per_s": {label: tokens / of["median"] for label, of in seconds.items()}}
+    # A second each: of fastconv, without padding where there is some, and of the first rival alone.
+    rival = next((label for label in runs if not label.startswith("fastconv")), None)
+    own = ("fastconv", "fastconv remove") if case.subject.lengths == "text" else ("fastconv",)
+    asked = [label for label in runs if label == rival or label in own]
+    energy = {label: joules(runs[label], device) for label in asked}
+    if None not in energy.values():
+        found["joules_per_token"] = {label: each / tokens for label, each in energy.items() if each is not None}
     return found
 
 
@@ -86,88 +219,16 @@ def _working(runs: dict[str, Run]) -> tuple[dict[str, Run], dict[str, str]]:
         except Exception as error:  # a rival's failure is a result, fastconv's is a bug
             if label == "fastconv":
                 raise
-            broken[label] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            broken[label] = _told(error)
     return {label: run for label, run in runs.items() if label not in broken}, broken
+
+
+def _told(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
 def _copy(size: int, device: torch.device) -> Run:
     source = torch.randint(256, (size // 2,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
-
-
-def line(record: dict) -> str:
-    """One row of the table."""
-    if "red" in record:
-        what = "; ".join(f"{name}: {why}" for name, why in record["red"].items())
-        return f"{record['case']:<58}  RED, no figures: {what}"
-    ratios = "".join(f"{_ratio(record, rival):>18}" for rival in RIVALS)
-    other = "".join(f"  {name} {ratio:.2f}x" for name, ratio in record["ratios"].items() if name not in RIVALS)
-    broken = "".join(f"  ({rival} failed: {why})" for rival, why in record.get("broken", {}).items())
-    return (
-        f"{record['case']:<58}{record['ms']['fastconv']:>10.4f}{record['bytes_per_s'] / 1e9:>9.1f}"
-        f"{100 * record['of_roof']:>8.0f}%{ratios}{other}{broken}"
-    )
-
-
-def _ratio(record: dict, rival: str) -> str:
-    return f"{record['ratios'][rival]:.2f}x" if rival in record["ratios"] else "-"
-
-
-def header() -> str:
-    """The table's first row."""
-    return f"{'case':<58}{'ms':>10}{'GB/s':>9}{'of roof':>9}" + "".join(f"{'vs ' + r:>18}" for r in RIVALS)
-
-
-def run(
-    chosen: list[BenchCase], device: torch.device, roofs: Roofs, *, rounds: int, compiled: bool
-) -> Iterator[dict[str, object]]:
-    """Run the cases one by one, printing the table as it grows; yields each one's record, with its date."""
-    matmul = ", ".join(f"{rate / 1e12:.2f} TFLOP/s {dtype}" for dtype, rate in roofs.matmul.items())
-    print(f"roofs: copy {roofs.copy / 1e9:.1f} GB/s, matmul {matmul}\n{header()}", flush=True)
-    for case in chosen:
-        record = run_case(case, device, roofs, rounds=rounds, compiled=compiled)
-        print(line(record), flush=True)
-        yield record | {"date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default, choices=("cpu", "cuda"), help="default here: %(default)s")
-    parser.add_argument("--filter", default="", metavar="NAME", help="only cases whose name contains it")
-    parser.add_argument("--quick", action="store_true", help="a small shape and few rounds: does everything run?")
-    parser.add_argument("--compile", action="store_true", help="time torch.compile on a CPU too")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write device, versions, roofs and every record")
-    args = parser.parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: no CUDA GPU found")
-    device = torch.device(args.device)
-    chosen = [case for case in cases(device, quick=args.quick) if args.filter in case.name]
-    if not chosen:
-        parser.error(f"--filter {args.filter!r}: no case of this name; the names are\n" + _names(device, args.quick))
-    # On a CPU torch.compile's minute a case would be most of the run.
-    compiled = args.compile or (args.device == "cuda" and not args.quick)
-    roofs = measure(device, quick=args.quick)
-    records = list(run(chosen, device, roofs, rounds=rounds(device, args.quick), compiled=compiled))
-    if args.json:
-        record = {**provenance(device), "roofs": vars(roofs), "records": records}
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
-    red = sum("red" in record for record in records)
-    print(f"{len(records)} cases, {red} red" if red else f"{len(records)} cases, all right")
-    return 1 if red else 0
-
-
-def rounds(device: torch.device, quick: bool) -> int:
-    """Enough for a steady median: a GPU's rounds are short."""
-    return 3 if quick else 50 if device.type == "cuda" else 15
-
-
-def _names(device: torch.device, quick: bool) -> str:
-    return "\n".join(case.name for case in cases(device, quick=quick))
-
-
-if __name__ == "__main__":
-    # In the interpreter a kernel's time means nothing; the native formulation is what a CPU runs.
-    os.environ.pop("TRITON_INTERPRET", None)
-    sys.exit(main())

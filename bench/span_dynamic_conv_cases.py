@@ -4,95 +4,105 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from fastconv.bench import shapes
 from fastconv.bench.case import BenchCase, Op, Tensors
+from fastconv.bench.op_case import OpCase
+from fastconv.bench.shapes import Place, Point
 from fastconv.ops import span_dynamic_conv
+from fastconv.reference import ConvBertConfig
 from fastconv.reference.ops import span_dynamic_conv as reference_span_dynamic_conv
 
 
 @dataclass(frozen=True)
-class SpanDynamicConvCase(BenchCase):
-    """span_dynamic_conv of (batch, length, heads * size) with a kernel of `taps`."""
+class SpanDynamicConvCase(OpCase):
+    """span_dynamic_conv of (batch, length, heads * size) with a kernel of `taps`; of text, without its padding."""
 
-    batch: int
-    length: int
     heads: int
     size: int
-    dtype: torch.dtype
-    direction: str
     taps: int = 9
 
+    title = "span_dynamic_conv"
+
     @property
-    def name(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        shape = f"{self.batch}x{self.length}x{self.heads}x{self.size}"
-        return f"span_dynamic_conv {self.direction} {shape} k{self.taps} {dtype}"
+    def shape(self) -> str:
+        return f"{self.heads}x{self.size} k{self.taps}"
 
     @property
     def targets(self) -> dict[str, float]:
-        if self.batch * self.length < 4096:
+        if self.place.tokens < 4096 or self.place.lengths != "full" or self.direction == "step":
             return {}
-        return {"HF": 8.0} if self.direction == "bwd" else {"HF": 8.0, "torch.compile": 2.0, "copy": 0.7}
+        compiled = {"HF compile": 2.0} if self.place.compiled else {}
+        return {"HF": 8.0} if self.direction == "bwd" else {"HF": 8.0, **compiled, "copy": 0.7}
 
-    @property
-    def _tokens(self) -> int:
-        return self.batch * self.length
-
-    def bytes(self) -> int:
-        size = self.dtype.itemsize
-        values = self._tokens * self.heads * self.size * size
-        logits = self._tokens * self.heads * self.taps * size
-        stats = 2 * self._tokens * self.heads * 4
-        if self.direction == "bwd":
+    def bytes_of(self, direction: str) -> int:
+        size, tokens = self.dtype.itemsize, self.place.tokens
+        values = tokens * self.heads * self.size * size
+        logits = tokens * self.heads * self.taps * size
+        stats = 2 * tokens * self.heads * 4
+        if direction == "bwd":
             read = 2 * values + logits + stats  # dy, value, logits and what the forward saved
             return read + values + logits  # write both gradients
-        saved = stats if self.direction == "fwd" else 0  # the largest logits and the sums, for the backward
+        saved = stats if direction == "fwd" else 0  # the largest logits and the sums, for the backward
         return values + logits + values + saved  # read value and logits, write y
 
-    def flops(self) -> int:
+    def flops_of(self, direction: str) -> int:
         softmax = 4 * self.taps  # - largest, exp, sum, / sum
         each = self.size * self.taps * 2  # a product and a sum for each tap of a channel
-        if self.direction == "bwd":
+        if direction == "bwd":
             each = 2 * each + 4 * self.taps  # dvalue and the dot products; the softmax's derivative
-        return self._tokens * self.heads * (each + softmax)
+        return self.place.tokens * self.heads * (each + softmax)
 
     def tensors(self, normal: Callable[..., torch.Tensor]) -> Tensors:
-        lead = (self.batch, self.length)
+        lead = self.place.lead
         return {
             "value": normal(*lead, self.heads * self.size),
             "kernel_logits": normal(*lead, self.heads * self.taps),
         }
 
-    def op(self, **tensors: torch.Tensor) -> torch.Tensor:
-        return span_dynamic_conv(**tensors, kernel_size=self.taps)
+    def op(self, **tensors: Any) -> torch.Tensor:
+        return span_dynamic_conv(**tensors, kernel_size=self.taps, packing=self.place.packing(tensors["value"].device))
 
-    def reference(self, **tensors: torch.Tensor) -> torch.Tensor:
-        return reference_span_dynamic_conv(**tensors, kernel_size=self.taps)
+    def reference(self, **tensors: Any) -> torch.Tensor:
+        packing = self.place.packing(tensors["value"].device)
+        return reference_span_dynamic_conv(**tensors, kernel_size=self.taps, packing=packing)
 
     def rivals(self, device: torch.device) -> dict[str, Op]:
-        def unfolded(value, kernel_logits):
-            # As ConvBertSelfAttention of transformers computes it.
-            kernel = kernel_logits.reshape(-1, self.taps, 1).softmax(1)
-            columns = F.unfold(
-                value.transpose(1, 2).contiguous().unsqueeze(-1), [self.taps, 1], padding=[self.taps // 2, 0]
-            )
-            windows = columns.transpose(1, 2).reshape(-1, self.size, self.taps)
-            return torch.matmul(windows, kernel).reshape(value.shape)
+        if self.place.lengths == "full":
+            return {"HF": lambda value, kernel_logits: hf_span_dynamic_conv(value, kernel_logits, self.taps)}
 
-        return {"HF": unfolded}
+        def each(value, kernel_logits):
+            parts = zip(*map(self.place.parts, (value, kernel_logits)), strict=True)
+            return torch.cat([hf_span_dynamic_conv(v, logits, self.taps)[0] for v, logits in parts])
+
+        return {"HF of each": each}
 
 
-def cases(device: torch.device, *, quick: bool = False) -> list[BenchCase]:
-    """ConvBERT base, and medium-small with its heads of 48."""
-    half, single = torch.bfloat16, torch.float32
-    if quick:
-        shapes = [(2, 64, 2, 48, single)]
-    elif device.type == "cuda":
-        shapes = [(batch, length, 6, 64, half) for batch, length in ((1, 128), (8, 512), (64, 512))]
-        shapes += [(64, 512, 4, 48, half), (8, 512, 6, 64, torch.float16), (8, 512, 6, 64, single)]
-    else:
-        shapes = [(8, 512, 6, 64, single), (8, 512, 6, 64, half)]
-    return [SpanDynamicConvCase(*shape, direction) for shape in shapes for direction in ("infer", "fwd", "bwd")]
+def hf_span_dynamic_conv(value: torch.Tensor, kernel_logits: torch.Tensor, taps: int) -> torch.Tensor:
+    """As ConvBertSelfAttention of transformers computes it, (B, S, H*D), (B, S, H*K) -> (B, S, H*D)."""
+    heads = kernel_logits.shape[-1] // taps
+    kernel = kernel_logits.reshape(-1, taps, 1).softmax(1)
+    image = value.transpose(1, 2).contiguous().unsqueeze(-1)
+    columns = F.unfold(image, (taps, 1), padding=(taps // 2, 0))
+    windows = columns.transpose(1, 2).reshape(-1, value.shape[-1] // heads, taps)
+    return torch.matmul(windows, kernel).reshape(value.shape)
+
+
+def at(point: Point) -> list[BenchCase]:
+    """ConvBERT's."""
+    config = shapes.config(point.place.model)
+    if not isinstance(config, ConvBertConfig):
+        return []
+    sizes = config.attention_heads, config.attention_head_size, config.conv_kernel_size
+    return [SpanDynamicConvCase(point.place, point.dtype, way, *sizes) for way in point.directions]
+
+
+def quick(places: list[Place]) -> list[BenchCase]:
+    """Tiny ones, with heads of 48 channels."""
+    full, text = places
+    kinds = [(full, way) for way in ("infer", "fwd", "bwd", "step")] + [(text, way) for way in ("infer", "bwd")]
+    return [SpanDynamicConvCase(place, torch.float32, way, 2, 48) for place, way in kinds]

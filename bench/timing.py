@@ -4,22 +4,41 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
+from fastconv.parity.measure import synchronize
+from fastconv.recorder import Recorder
+
 Run = Callable[[], object]
+Spread = dict[str, float]
+
+# Rounds of one case take about so long, where the caller doesn't say how many there are to be; less on a GPU, which
+# nobody else uses.
+_SECONDS, _SECONDS_ON_GPU = 1.0, 0.7
+_FEWEST, _MOST = 5, 50
+# Where so many rounds would take a minute, as of a large model on a CPU: the fewest that have quartiles.
+_FEWEST_OF_SLOW, _SLOW_SECONDS = 3, 4.0
 
 
-def interleaved(runs: dict[str, Run], device: torch.device, *, rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of every run in every round, after `warmup` calls of each.
+def interleaved(
+    runs: dict[str, Run], device: torch.device, *, rounds: int | None = None, warmup: int = 2
+) -> dict[str, list[float]]:
+    """Seconds of every run in every round, after `warmup` calls of each, at least one.
 
     On a GPU: CUDA events around one call, with the L2 cache flushed before it. The flush also keeps the card busy
     while Python queues the call, so that the launches' cost on the CPU doesn't count.
+
+    rounds: None is enough for a steady median, fewer of what takes long
     """
-    for run in runs.values():
-        for _ in range(warmup):
+    for _ in range(warmup):
+        start = time.perf_counter()
+        for run in runs.values():
             run()
+        synchronize(device)
+        last = time.perf_counter() - start
+    rounds = enough(last, device) if rounds is None else rounds
     times: dict[str, list[float]] = {label: [] for label in runs}
     if device.type != "cuda":
         for _ in range(rounds):
@@ -33,15 +52,22 @@ def interleaved(runs: dict[str, Run], device: torch.device, *, rounds: int, warm
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {label: [] for label in runs}
     for _ in range(rounds):
         for label, run in runs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             flush.zero_()
-            start.record()
+            begin.record()
             run()
             end.record()
-            events[label].append((start, end))
+            events[label].append((begin, end))
         # Not to queue more than a round: the outputs of the runs stay allocated until they have run.
-        torch.cuda.synchronize(device)
-    return {label: [start.elapsed_time(end) / 1e3 for start, end in pairs] for label, pairs in events.items()}
+        synchronize(device)
+    return {label: [begin.elapsed_time(end) / 1e3 for begin, end in pairs] for label, pairs in events.items()}
+
+
+def enough(seconds: float, device: torch.device) -> int:
+    """How many rounds of so many seconds each make a steady median in reasonable time."""
+    fewest = _FEWEST_OF_SLOW if seconds > _SLOW_SECONDS else _FEWEST
+    budget = _SECONDS_ON_GPU if device.type == "cuda" else _SECONDS
+    return max(fewest, min(_MOST, int(budget / seconds) if seconds else _MOST))
 
 
 def _flush_buffer(device: torch.device) -> torch.Tensor:
@@ -50,6 +76,44 @@ def _flush_buffer(device: torch.device) -> torch.Tensor:
     return torch.empty(size, dtype=torch.uint8, device=device)
 
 
-def median_ratio(rival: list[float], own: list[float]) -> float:
-    """How many times faster `own` is: the median of the ratios of each round."""
-    return statistics.median(r / o for r, o in zip(rival, own, strict=True))
+def host_seconds(runs: dict[str, Run], device: torch.device, *, rounds: int = 15) -> dict[str, float]:
+    """What an eager call costs the CPU on a GPU: the median of the times until everything is queued.
+
+    Nothing is queued before, so that no call waits for another; a call that waits for the GPU itself counts so.
+    """
+    times: dict[str, list[float]] = {label: [] for label in runs}
+    for _ in range(rounds):
+        for label, run in runs.items():
+            synchronize(device)
+            start = time.perf_counter()
+            run()
+            times[label].append(time.perf_counter() - start)
+    synchronize(device)
+    return {label: statistics.median(of) for label, of in times.items()}
+
+
+def graphs(runs: dict[str, Run], recorder: Recorder) -> dict[str, Run]:
+    """Replays of CUDA graphs of the runs, without those that can't be captured (a copy to the host, say).
+
+    Each must have run before, on the recorder's stream.
+    """
+    found = {}
+    for label, run in runs.items():
+        try:
+            found[label] = recorder.record(run)
+        except Exception:
+            torch.cuda.synchronize()
+    return found
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """The median and the quartiles."""
+    if len(values) == 1:
+        return dict.fromkeys(("median", "low", "high"), values[0])
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": median, "low": low, "high": high}
+
+
+def ratio(rival: Sequence[float], own: Sequence[float]) -> Spread:
+    """How many times faster `own` is: the ratios of each round."""
+    return spread([r / o for r, o in zip(rival, own, strict=True)])

@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from fastconv.commands import InputError, convert, env, run, verify
+from fastconv.commands import InputError, bench, convert, env, run, tune, verify, warmup
 
-_COMMANDS = (run, verify, convert, env)
+_COMMANDS = (run, verify, bench, convert, tune, warmup, env)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -39,6 +39,11 @@ class Recorder:
             finally:
                 self._done.record(stream)
 
+    @property
+    def stream(self) -> torch.cuda.Stream:
+        """What it captures on: a backward alone can be recorded where its forward ran on it."""
+        return self._stream
+
     def wait(self) -> None:
         """Wait for what earlier turns have launched, which may be in memory that is to go."""
         self._done.synchronize()

@@ -1,10 +1,13 @@
-"""The benchmarks: their counts of bytes and operations, their refusal of wrong results, `make gpu` without a GPU."""
+"""What the benchmarks measure and store: timing, records, the refusal of wrong results, the files, `make gpu`."""
 
 from __future__ import annotations
 
+import csv
+import ctypes
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,147 +16,36 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_cases import TinyCase, TinyModel
+
+from fastconv.bench import energy, passed_tests, progress, provenance, results, run, session, table, timing
+from fastconv.bench.results import ResultsError
+from fastconv.bench.roofs import Roofs
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
+ROOFS = Roofs(1e9, {"float32": 1e10})
 
 
-@pytest.fixture
-def bench(monkeypatch):
-    """Imports a module of bench/ by name."""
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))  # as python does for the script gpu.py
-    return lambda name: importlib.import_module(name if name == "gpu" else f"fastconv.bench.{name}")
+class Silent:
+    def start(self, *args):
+        pass
+
+    def finish(self, record):
+        pass
 
 
-def script(name: str, *args: object, **environment: str) -> subprocess.CompletedProcess:
-    """Run a script of bench/ as on the command line, without the interpreter."""
-    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, ROOT / "bench" / name, *args]
-    return subprocess.run(command, capture_output=True, text=True, env={**clean, **environment})
+def record_of(case, **options):
+    (record,) = run.run([case], CPU, ROOFS, Silent(), **{"rounds": 2, "compiled": False, **options})
+    return record
 
 
-# By hand for 10 tokens of 4 channels in bf16: a tensor is 80 bytes, a vector 8, mean or rstd 40, a seed 8.
-@pytest.mark.parametrize(
-    ("direction", "fused", "bytes_", "flops_each"),
-    [
-        ("infer", False, 80 + 2 * 8 + 80, 7),  # x, weight and bias; y
-        ("infer", True, 2 * 80 + 3 * 8 + 80, 9),  # x and residual, three vectors; y
-        ("fwd", True, 2 * 80 + 3 * 8 + 8 + 2 * 80 + 2 * 40, 10),  # the same and the seed; y, z, mean and rstd
-        ("bwd", False, 2 * 80 + 2 * 40 + 8 + 80 + 2 * 8, 13),  # dy, x, mean, rstd, weight; dx, dweight, dbias
-        ("bwd", True, 2 * 80 + 2 * 40 + 8 + 8 + 2 * 80 + 3 * 8, 15),  # and the seed; dresidual and dx_bias too
-    ],
-)
-def test_bench_layer_norm_counts(bench, direction, fused, bytes_, flops_each):
-    case = bench("layer_norm_cases").LayerNormCase(10, 4, torch.bfloat16, direction, fused)
-    assert case.bytes() == bytes_
-    assert case.flops() == flops_each * 40
+# Timing
 
 
-# By hand for 10 tokens of 2 heads of 4 channels and 3 taps in bf16: values are 160 bytes, logits 120, statistics 160.
-@pytest.mark.parametrize(
-    ("direction", "bytes_", "flops"),
-    [
-        ("infer", 160 + 120 + 160, 20 * (4 * 3 * 2 + 4 * 3)),
-        ("fwd", 160 + 120 + 160 + 160, 20 * (4 * 3 * 2 + 4 * 3)),
-        ("bwd", 2 * 160 + 120 + 160 + 160 + 120, 20 * (2 * 4 * 3 * 2 + 2 * 4 * 3)),
-    ],
-)
-def test_bench_span_dynamic_conv_counts(bench, direction, bytes_, flops):
-    case = bench("span_dynamic_conv_cases").SpanDynamicConvCase(2, 5, 2, 4, torch.bfloat16, direction, taps=3)
-    assert case.bytes() == bytes_ and case.flops() == flops
-
-
-def test_bench_span_kernel_logits_counts(bench):
-    # By hand for 10 tokens of 8 channels, 4 in between, to 2 heads' 3 taps in bf16: 160 + 80 + 120 bytes and weights.
-    case = bench("span_kernel_logits_cases").SpanKernelLogitsCase(2, 5, 8, 2, torch.bfloat16, taps=3)
-    assert case.bytes() == 160 + 80 + 120 + 2 * (8 * 3 + 4 * 8 + 4 + 6 * 4 + 6)
-    assert case.flops() == 10 * (8 * 3 * 2 + 8 * 4 * 2 + 4 * 2 + 4 * 6 * 2 + 6)
-
-
-@pytest.mark.parametrize("direction", ["infer", "fwd", "bwd", "step"])
-def test_bench_rivals_compute_the_same(bench, direction, monkeypatch):
-    # Without dropout, what is timed computes the same thing.
-    monkeypatch.setattr(bench("layer_norm_cases").LayerNormCase, "dropout_p", 0.0)
-    monkeypatch.setattr(bench("embedding_norm_cases").EmbeddingNormCase, "dropout_p", 0.0)
-    for case in bench("cases").cases(CPU, quick=True):
-        if case.direction != direction:
-            continue
-        outputs = {k: run() for k, run in case.runs(CPU, compiled=False).items()}
-        own = outputs.pop("fastconv")
-        for rival, other in outputs.items():
-            for a, b in zip(*(o if isinstance(o, tuple) else (o,) for o in (own, other)), strict=True):
-                torch.testing.assert_close(
-                    a, b, rtol=1e-3, atol=1e-3, msg=lambda m, what=(case.name, rival): f"{what}: {m}"
-                )
-
-
-def test_bench_layer_norm_targets(bench):
-    def targets(tokens, direction, fused):
-        return bench("layer_norm_cases").LayerNormCase(tokens, 768, torch.bfloat16, direction, fused).targets
-
-    assert targets(16384, "infer", False) == {"copy": 0.9, "torch.compile": 1.0}
-    assert targets(16384, "fwd", True) == {"torch.compile": 1.0}
-    assert targets(16384, "bwd", True) == {"torch": 1.4}
-    assert targets(128, "infer", False) == {}
-
-
-@pytest.mark.parametrize("direction", ["infer", "fwd", "bwd"])
-def test_bench_parity_replays_dropout(bench, direction):
-    results = bench("layer_norm_cases").LayerNormCase(64, 96, torch.float32, direction, True).parity(CPU)
-    expected = {"y"} if direction == "infer" else {"y", "dx", "dweight", "dbias", "dx_bias", "dresidual"}
-    assert set(results) == expected
-    assert all(result.ok for result in results.values()), results
-
-
-def test_bench_refuses_figures_of_wrong_results(bench, monkeypatch, capsys):
-    cases, run, roofs = bench("layer_norm_cases"), bench("run"), bench("roofs")
-    right = cases.layer_norm
-    monkeypatch.setattr(cases, "layer_norm", lambda *args, **kwargs: right(*args, **kwargs) + 1e-3)
-    wrong = cases.LayerNormCase(16, 32, torch.float32, "infer", False)
-    (record,) = run.run([wrong], CPU, roofs.Roofs(1.0, {}), rounds=1, compiled=False)
-    assert "ms" not in record
-    assert "max error" in record["red"]["y"]
-    assert "RED, no figures: y: max error" in capsys.readouterr().out
-
-
-def test_bench_broken_rival_is_reported_and_fastconv_raises(bench):
-    working = bench("run")._working
-
-    def broken():
-        raise RuntimeError("no compiler\nhere")
-
-    assert working({"fastconv": int, "torch": broken}) == ({"fastconv": int}, {"torch": "RuntimeError: no compiler"})
-    with pytest.raises(RuntimeError, match="no compiler"):
-        working({"fastconv": broken})
-
-
-def test_bench_a_whole_piece_is_compiled_and_its_memory_measured(bench, monkeypatch, capsys):
-    # Compiling takes long: here nothing is compiled.
-    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
-    case, run, roofs = bench("conv_branch_cases").ConvBranchCase, bench("run"), bench("roofs")
-    for direction in ("infer", "step"):
-        branch = case(2, 512, 2, 16, torch.float32, direction)
-        (record,) = run.run([branch], CPU, roofs.Roofs(1.0, {}), rounds=1, compiled=True)
-        assert set(record["ms"]) == {"fastconv", "HF", "torch.compile", "fastconv compiled", "copy"}
-        assert set(record["ratios"]) == {"HF", "torch.compile", "copy", "HF / compiled", "HF memory"}
-        assert set(branch.targets) <= set(record["ratios"])
-        # The windows alone, 9 times the values, are more than all that fastconv has.
-        assert 2 < record["ratios"]["HF memory"] < 20
-        assert f"HF memory {record['ratios']['HF memory']:.2f}x" in capsys.readouterr().out
-
-
-def test_bench_memory_is_a_ratio_of_peaks(bench):
-    def run(numbers):
-        return lambda: torch.zeros(numbers) + torch.zeros(numbers)
-
-    runs = {"fastconv": run(1000), "HF": run(4000)}
-    assert bench("run")._of_a_whole("HF", runs, {}, CPU) == {"HF memory": 4.0}
-    assert bench("run")._of_a_whole("HF", {"fastconv": run(1000)}, {"fastconv": [1.0]}, CPU) == {}
-
-
-def test_bench_gpu_timing_flushes_before_every_call(bench, monkeypatch):
+def test_bench_gpu_timing_flushes_before_every_call(monkeypatch):
     # Without a GPU: the order of events, and that seconds come out.
-    timing, done = bench("timing"), []
+    done = []
 
     class Event:
         def __init__(self, enable_timing):
@@ -166,103 +58,518 @@ def test_bench_gpu_timing_flushes_before_every_call(bench, monkeypatch):
             return 2.0
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append("synchronize"))
+    monkeypatch.setattr(timing, "synchronize", lambda device: done.append("synchronize"))
     monkeypatch.setattr(timing, "_flush_buffer", lambda device: SimpleNamespace(zero_=lambda: done.append("flush")))
     runs = {"a": lambda: done.append("a"), "b": lambda: done.append("b")}
     times = timing.interleaved(runs, SimpleNamespace(type="cuda"), rounds=2, warmup=1)
     assert times == {"a": [2e-3, 2e-3], "b": [2e-3, 2e-3]}
     call = ["flush", "event", "{}", "event"]
     one_round = [step.format(label) for label in runs for step in call] + ["synchronize"]
-    assert done == ["a", "b", *one_round, *one_round]
+    assert done == ["a", "b", "synchronize", *one_round, *one_round]
 
 
-def test_bench_median_ratio_is_of_rounds(bench):
+def test_bench_host_cost_waits_for_nothing_queued_before(monkeypatch):
+    done = []
+    monkeypatch.setattr(timing, "synchronize", lambda device: done.append("synchronize"))
+    clock = iter(range(100))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    found = timing.host_seconds({"a": lambda: done.append("a")}, SimpleNamespace(type="cuda"), rounds=2)
+    assert done == ["synchronize", "a", "synchronize", "a", "synchronize"]
+    assert found == {"a": 1}  # one step of the clock, whatever the wait takes
+
+
+def test_bench_what_cant_be_captured_has_no_graph(monkeypatch):
+    def record(function):
+        if function is refused:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return lambda: "replayed"
+
+    def refused():
+        pass
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    found = timing.graphs({"a": lambda: None, "b": refused}, SimpleNamespace(record=record))
+    assert list(found) == ["a"] and found["a"]() == "replayed"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "device", "rounds"),
+    [(1e-4, "cpu", 50), (0.1, "cpu", 10), (0.04, "cuda", 17), (1.0, "cpu", 5), (9, "cpu", 3)],
+)
+def test_bench_what_takes_long_has_fewer_rounds(seconds, device, rounds):
+    assert timing.enough(seconds, torch.device(device)) == rounds
+
+
+def test_bench_ratio_is_of_rounds():
     # A slow round slows both: the ratio of the medians would be 4 / 10.
-    assert bench("timing").median_ratio([2.0, 20.0, 4.0], [1.0, 10.0, 20.0]) == 2.0
+    assert timing.ratio([2.0, 20.0, 4.0], [1.0, 10.0, 20.0])["median"] == 2.0
+    assert timing.spread([5.0, 1.0, 2.0, 3.0, 4.0]) == {"low": 2.0, "median": 3.0, "high": 4.0}
+    assert timing.spread([1.0]) == {"low": 1.0, "median": 1.0, "high": 1.0}
 
 
-def test_bench_quick_run_on_cpu(bench, tmp_path):
-    done = script("run.py", "--device", "cpu", "--quick", "--json", tmp_path / "out.json", TRITON_INTERPRET="1")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.rstrip().endswith(f"{len(bench('cases').cases(CPU, quick=True))} cases, all right")
-    written = json.loads((tmp_path / "out.json").read_text())
-    assert written["torch"] == torch.__version__
-    assert written["roofs"]["copy"] > 0
-    for record in written["records"]:
-        rivals = set(record["ms"]) - {"fastconv", "copy"}
-        assert rivals and all(record["ratios"][rival] > 0 for rival in rivals)
-        assert ("HF memory" in record["ratios"]) == record["case"].startswith(("conv_branch", "masked_lm_loss"))
-        rate = record["bytes"] / (record["ms"]["fastconv"] / 1e3)
-        assert record["bytes_per_s"] == pytest.approx(rate)
-        assert record["of_roof"] == pytest.approx(rate / written["roofs"]["copy"])
+def test_bench_nearer_roof():
+    # A second of copying, two of products; in a dtype without a roof of products the copy's is the only one.
+    assert ROOFS.nearer(10**9, 2 * 10**10, "float32") == ("matmul", 2.0)
+    assert ROOFS.nearer(3 * 10**9, 2 * 10**10, "float32") == ("copy", 3.0)
+    assert ROOFS.nearer(10**9, 2 * 10**10, "bfloat16") == ("copy", 1.0)
 
 
-def test_bench_run_names_its_cases():
-    done = script("run.py", "--device", "cpu", "--quick", "--filter", "nothing")
-    assert done.returncode == 2
-    assert "layer_norm infer 256x384 float32" in done.stderr
+def test_bench_joules_are_the_counters_difference_for_a_call(monkeypatch):
+    # A counter that says 3 J more at each look, over a clock of a tenth of a second: eight calls are 0.8 s.
+    asked, clock = [], iter(i / 10 for i in range(1000))
+
+    class Driver:
+        def __getattr__(self, name):
+            def ask(*args):
+                asked.append(name)
+                if name == "nvmlDeviceGetTotalEnergyConsumption":
+                    args[1]._obj.value = 3000 * asked.count(name)
+                return 0
+
+            return ask
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="abc"))
+    monkeypatch.setattr(energy, "synchronize", lambda device: None)
+    monkeypatch.setattr(energy.time, "perf_counter", lambda: next(clock))
+    calls = []
+    found = energy.joules(lambda: calls.append(1), torch.device("cuda"))
+    before = calls_of(0.2)
+    assert found == 3 / (len(calls) - before) and len(calls) > before
+    assert energy.joules(lambda: None, CPU) is None
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError("no driver")))
+    assert energy.joules(lambda: None, torch.device("cuda")) is None
+
+
+def calls_of(seconds: float) -> int:
+    """Calls in so many seconds on a clock that goes on a tenth at each look; the first look is the start."""
+    return round(10 * seconds) - 1
+
+
+# Records
+
+
+def test_bench_record_of_an_op():
+    record = record_of(TinyCase(64, "step", goals=(("torch", 0.1), ("torch memory", 0.5), ("other", 1.0))))
+    assert {key: record[key] for key in ("case", "kind", "op", "direction", "model", "batch", "length", "tokens")} == {
+        "case": "layer_norm step 64x16",
+        "kind": "op",
+        "op": "layer_norm",
+        "direction": "step",
+        "model": "tiny",
+        "batch": 1,
+        "length": 64,
+        "tokens": 64,
+    }
+    assert set(record["seconds"]) == {"fastconv", "torch", "copy"}
+    # The rival that fails says why, one that isn't there is nowhere, the target of memory is a ratio.
+    assert record["broken"] == {"broken": "RuntimeError: no compiler"}
+    assert set(record["ratios"]) == {"torch", "copy", "torch memory"}
+    own = record["seconds"]["fastconv"]
+    assert own["low"] <= own["median"] <= own["high"] and record["rounds"] == 2
+    assert record["bytes_per_s"] == pytest.approx(record["bytes"] / own["median"])
+    assert record["of_roof"] == pytest.approx(max(record["bytes"] / 1e9, record["flops"] / 1e10) / own["median"])
+    assert set(record["peak_bytes"]) == {"fastconv", "torch"}
+    # The rival copies x first.
+    assert record["ratios"]["torch memory"]["median"] > 1
+    assert not {"host_seconds", "graph_seconds", "tokens_per_s", "red"} & set(record)
+
+
+def test_bench_record_of_a_model(monkeypatch):
+    # Of each way's one joule a call.
+    monkeypatch.setattr(run, "joules", lambda function, device: 1.0)
+    record = record_of(TinyModel())
+    assert (record["kind"], record["op"], record["lengths"], record["tokens"]) == ("model", "model", "text", 12)
+    assert record["tokens_per_s"]["HF"] == pytest.approx(12 / record["seconds"]["HF"]["median"])
+    assert set(record["seconds"]) == {"fastconv", "fastconv remove", "HF"}  # a copy says nothing about a model
+    assert record["joules_per_token"] == dict.fromkeys(("fastconv", "fastconv remove", "HF"), 1 / 12)
+    monkeypatch.setattr(run, "joules", lambda function, device: None)
+    assert "joules_per_token" not in record_of(TinyModel())
+
+
+def test_bench_compiled_rival_and_piece(monkeypatch):
+    # Compiling takes long: here nothing is compiled.
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    record = record_of(TinyCase(64, whole=True, goals=(("torch / fastconv compile", 1.0),)), compiled=True)
+    assert set(record["seconds"]) == {"fastconv", "torch", "torch compile", "fastconv compile", "copy"}
+    assert record["ratios"]["torch / fastconv compile"]["median"] > 0
+
+
+def test_bench_refuses_figures_of_wrong_results():
+    record = record_of(TinyCase(16, off_by=1e-3))
+    assert "max error" in record["red"]["y"]
+    assert not {"seconds", "ratios", "bytes_per_s", "flops_per_s", "of_roof", "peak_bytes"} & set(record)
+
+
+def test_bench_a_case_that_raises_doesnt_stop_the_others(monkeypatch):
+    monkeypatch.setattr(TinyModel, "runs", lambda *args, **kwargs: 1 / 0)
+    wrong, right = run.run([TinyModel(), TinyCase(8)], CPU, ROOFS, Silent(), rounds=1, compiled=False)
+    assert wrong["red"] == {"raised": "ZeroDivisionError: division by zero"}
+    assert "seconds" in right
+
+
+def test_bench_a_backward_whose_forward_raises_is_the_rivals_failure():
+    record = record_of(TinyCase(8, "bwd"))
+    assert record["broken"] == {"broken": "RuntimeError: no compiler"} and "torch" in record["seconds"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: events, graphs and the host's cost")
+@pytest.mark.parametrize("direction", ["infer", "fwd", "bwd", "step"])
+def test_bench_record_on_a_gpu(direction):
+    (record,) = run.run([TinyCase(512, direction)], torch.device("cuda"), ROOFS, Silent(), rounds=3, compiled=False)
+    assert "red" not in record, record["red"]
+    for key in ("host_seconds", "graph_seconds"):
+        assert {"fastconv", "torch"} <= set(record[key]), key
+
+
+def test_bench_what_doesnt_fit_into_the_time_is_left_out(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(run.time, "monotonic", lambda: clock.now)
+    seconds = {"op": 10.0, "model": 30.0}
+
+    def record(case, *args, **kwargs):
+        kind = "model" if case.subject.op == "model" else "op"
+        clock.now += seconds[kind]
+        return {"case": case.name}
+
+    monkeypatch.setattr(run, "_record", record)
+    told = []
+    teller = SimpleNamespace(
+        start=lambda case, done, total, left: told.append((done, total, left)), finish=Silent().finish
+    )
+    cases = [TinyCase(1), TinyModel(), TinyCase(2), TinyModel("another"), TinyCase(3)]
+    found = run.run(cases, CPU, ROOFS, teller, compiled=False, deadline=65.0)
+    # After 50 s another model doesn't fit, one more op does.
+    assert [each["case"] for each in found] == [cases[i].name for i in (0, 1, 2, 4)]
+    # Nothing is known at first; then as long as the average so far, then as long as the others of the kind.
+    assert told == [(0, 5, None), (1, 5, 40.0), (2, 5, 25.0), (4, 5, 10.0)]
+
+
+# The results file
+
+
+def test_bench_results_are_measured_once(monkeypatch):
+    origin = {"device": "a card", "code": "abc", "torch": "2.13", "triton": "3.7", "transformers": "5.23"}
+    held = results.new(origin)
+    first = session.Session(held, [TinyCase(8), TinyCase(16, off_by=1.0)])
+    first.measure(CPU, Silent(), lambda: None, rounds=1, compiled=False, quick=True)
+    assert first.red == ["layer_norm infer 16x16"] and not first.left_out
+    assert held["records"]["layer_norm infer 8x16"]["code"] == "abc"
+    assert held["roofs"]["copy"] > 0 and "float32" in held["roofs"]["matmul"]
+    cases = [TinyCase(8), TinyCase(16), TinyCase(24)]
+    # What was wrong is measured again, and what there is no figure of.
+    assert [case.tokens for case in session.Session(held, cases).todo] == [16, 24]
+    assert session.Session(held, cases).left_out == ["layer_norm infer 24x16"]
+    assert len(session.Session(held, cases, again=True).todo) == 3
+    for version in results.VERSIONS:
+        assert len(session.Session({**held, version: "another"}, cases).todo) == 3
+
+
+def test_bench_results_that_go_on(tmp_path):
+    origin = {"device": "a card", "code": "abc", "torch": "2", "triton": "3", "transformers": "5"}
+    path = tmp_path / "new" / "results.json"
+    assert results.resume(path, origin, keep_old=False) == {"schema": 1, **origin, "records": {}}
+    record = {"case": "x", "seconds": {"fastconv": {}}, **origin}
+    results.save(path, {**results.new(origin), "tests": "passed", "records": {"x": record}})
+    assert not list(path.parent.glob("*.part"))
+    assert results.resume(path, origin, keep_old=False)["records"] == {"x": record}
+    changed = {**origin, "code": "def"}
+    assert results.resume(path, changed, keep_old=False)["records"] == {}
+    kept = results.resume(path, changed, keep_old=True)
+    assert kept["records"] == {"x": record} and kept["code"] == "def" and kept["tests"] == "passed"
+    with pytest.raises(ResultsError, match="holds results of a card, and this is another: name another file"):
+        results.resume(path, {**origin, "device": "another"}, keep_old=True)
+
+
+def damaged(record) -> str:
+    origin = {"device": "a card", "torch": "2.13", "code": "abc"}
+    return json.dumps({**results.new(origin), "records": {"x": record}})
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (None, "can't read .*: No such file"),
+        ("{", "is not JSON .*expected a file that `fastconv bench` wrote"),
+        ("[" * 100_000, "is not JSON"),
+        ("[]", "holds no results"),
+        ('{"name": "x"}', "holds no results"),
+        ('{"records": []}', "has schema None, expected 1: another version of fastconv wrote it"),
+        ('{"schema": 2, "records": {}}', "has schema 2, expected 1"),
+        ('{"schema": 1, "records": []}', "damaged: records must be an object by case, got list"),
+        ('{"schema": 1, "records": {}}', "damaged: device must be a string, got None"),
+        (damaged({}), "the record of 'x' must be an object of that case"),
+        (damaged({"case": "x"}), "the record of 'x' has neither seconds of fastconv nor why there are none"),
+    ],
+)
+def test_bench_a_file_that_holds_no_results_is_refused(tmp_path, text, why):
+    path = tmp_path / "file.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ResultsError, match=why):
+        results.load(path)
+
+
+def spread(median: float) -> dict[str, float]:
+    return {"median": median, "low": 0.98 * median, "high": 1.03 * median}
+
+
+def made() -> results.Results:
+    """Results with a figure of every kind, one case that is wrong and one that is of other code."""
+    state = {"code": "abc", "torch": "2.13", "triton": "3.7", "transformers": "5.23"}
+    fast = {
+        "case": "masked_attention infer", "kind": "op", "op": "masked_attention", "direction": "infer",
+        "model": "BERT base", "batch": 8, "length": 512, "tokens": 4096, "lengths": "full", "dtype": "bfloat16",
+        "bytes": 10**6, "flops": 10**9, "bytes_per_s": 5e9, "flops_per_s": 5e12, "roof": "matmul", "of_roof": 0.33,
+        "rounds": 9, "date": "2026-11-20", **state,
+        "seconds": {"fastconv": spread(2e-4), "HF": spread(6e-4), "SDPA": spread(1e-4)},
+        "ratios": {"HF": spread(3.1), "SDPA": spread(0.5)},
+        "graph_seconds": {"fastconv": spread(1.5e-4), "HF": spread(5e-4)},
+        "host_seconds": {"fastconv": 11e-6, "HF": 40e-6},
+        "peak_bytes": {"fastconv": 10**6, "HF": 10**7},
+        "targets": {"HF": 1.8, "SDPA": 1.0, "FlexAttention": 1.0},
+        "broken": {"FlexAttention": "RuntimeError: no compiler"},
+    }  # fmt: skip
+    slow = {**fast, "case": "masked_attention bwd", "ratios": {"HF": spread(1.5)}, "code": "def"}
+    for key in ("graph_seconds", "host_seconds", "broken", "targets"):
+        del slow[key]
+    wrong = {**slow, **state, "case": "masked_attention fwd", "red": {"y": "max error 3.1e-01", "dk": "max error nan"}}
+    for key in ("seconds", "ratios", "bytes_per_s", "flops_per_s", "roof", "of_roof", "peak_bytes"):
+        del wrong[key]
+    model = slow | state | {
+        "case": "model infer 8x512", "kind": "model", "op": "model",
+        "seconds": {"fastconv": spread(2e-2), "HF": spread(5e-2)},
+        "ratios": {"HF": spread(2.5)},
+        "tokens_per_s": {"fastconv": 204800.0, "HF": 81920.0},
+        "joules_per_token": {"fastconv": 4.1e-4, "HF": 9e-4},
+        "targets": {"HF": 1.8},
+    }  # fmt: skip
+    origin = {
+        "device": "a card",
+        "python": "3.12",
+        "commit": "c0ffee" * 5,
+        "dirty": True,
+        "tests": "passed: 3",
+        **state,
+    }
+    roofs = {"copy": 3e12, "matmul": {"bfloat16": 6e14}}
+    return {
+        **results.new(origin),
+        "tests": "passed: 3",
+        "roofs": roofs,
+        "records": {r["case"]: r for r in (fast, slow, wrong, model)},
+    }
+
+
+def test_bench_csv_has_a_row_for_each_label(tmp_path):
+    held = made()
+    results.write_csv(held, tmp_path / "out.csv")
+    with open(tmp_path / "out.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    record = held["records"]["masked_attention infer"]
+    own, rival, sdpa, flex = (row for row in rows if row["case"] == record["case"])
+    assert [row["label"] for row in (own, rival, sdpa, flex)] == ["fastconv", "HF", "SDPA", "FlexAttention"]
+    assert float(own["seconds"]) == 2e-4 and own["ratio"] == "" and own["batch"] == "8"
+    assert float(own["of_roof"]) == 0.33 and rival["of_roof"] == "" and own["roof"] == "matmul"
+    assert (float(rival["ratio"]), float(rival["ratio_low"])) == (3.1, 0.98 * 3.1)
+    assert (float(rival["graph_seconds"]), sdpa["graph_seconds"]) == (5e-4, "")
+    assert (float(rival["host_seconds"]), float(rival["peak_bytes"])) == (40e-6, 10**7)
+    assert (flex["seconds"], flex["failed"]) == ("", "RuntimeError: no compiler")
+    (red,) = (row for row in rows if row["case"] == "masked_attention fwd")
+    assert (red["seconds"], red["failed"]) == ("", "y: max error 3.1e-01; dk: max error nan")
+    (model,) = (row for row in rows if row["kind"] == "model" and row["label"] == "HF")
+    assert (float(model["tokens_per_s"]), float(model["joules_per_token"])) == (81920.0, 9e-4)
+
+
+def test_bench_code_state_is_of_what_figures_depend_on(monkeypatch, tmp_path):
+    (tmp_path / "commands").mkdir()
+    files = [tmp_path / name for name in ("swap.py", "cli.py", "commands/bench.py")]
+    for file in files:
+        file.write_text("1")
+    package = SimpleNamespace(__path__=[str(tmp_path)], __name__="fastconv")
+    monkeypatch.setattr(provenance, "_PACKAGES", (package,))
+    monkeypatch.setattr(provenance, "user_table", lambda: tmp_path / "configs.json")
+    states = [provenance.code_state()]
+    for file in reversed(files):
+        file.write_text("2")
+        states.append(provenance.code_state())
+    assert states[0] == states[1] == states[2] != states[3]
+    # What `fastconv tune` found.
+    (tmp_path / "configs.json").write_text("{}")
+    assert provenance.code_state() not in states
+
+
+def test_bench_provenance():
+    found = provenance.provenance(CPU, "fastconv bench")
+    assert found["torch"] == torch.__version__ and found["command"] == "fastconv bench"
+    assert str(found["device"]).endswith(f", {torch.get_num_threads()} threads") and found["capability"] is None
+
+
+# The table
+
+
+def test_bench_table():
+    lines = table.plain(made()).splitlines()
+    assert lines[:3] == [
+        "a card; torch 2.13, triton 3.7, transformers 5.23, python 3.12; c0ffeec0ffee with changes, code abc",
+        "roofs, measured in this run: copy 3,000.0 GB/s; matmul 600.00 TFLOP/s bfloat16",
+        "tests passed: 3",
+    ]
+    rows = {line.split("  ")[0]: " ".join(line.split()) for line in lines}
+    (columns,) = (line for line in lines if line.startswith("case ") and "SDPA" in line)
+    assert " ".join(columns.split()) == "case ms spread GB/s TFLOP/s of roof graph ms host us HF SDPA FlexAttention"
+    assert rows["infer"] == "infer 0.2000 ±3 % 5.000 5.000 33 % matmul 0.1500 11.00 3.10x 0.50x failed"
+    # A rival that isn't there is blank, a wrong result has no figure.
+    assert rows["bwd*"] == "bwd* 0.2000 ±3 % 5.000 5.000 33 % matmul 1.50x"
+    assert rows["fwd"] == "fwd RED"
+    assert "RED, no figures: y: max error 3.1e-01; dk: max error nan (masked_attention fwd)" in lines
+    assert "FlexAttention failed in masked_attention infer: RuntimeError: no compiler" in lines
+    assert "* measured with other code or versions" in lines
+    assert rows["model infer 8x512"] == "model infer 8x512 fastconv 20.00 ±3 % 204,800 33 % matmul 1.000 0.4100"
+    (rival,) = (" ".join(line.split()) for line in lines if line.strip().startswith("HF "))
+    assert rival == "HF 50.00 ±3 % 81,920 2.50x 10.00 0.9000"
+    assert lines[-3:] == [
+        "4 cases, 1 red",
+        "missed: masked_attention infer: SDPA 0.50x, want 1.00x",
+        "2 of 3 targets reached, 1 not measured",
+    ]
+    only = table.plain(made(), ["model infer 8x512"])
+    assert "masked_attention" not in only and "1 cases, all right" in only
+    assert table.summary(made()).splitlines() == [*lines[:3], *lines[-3:]]
+
+
+def test_bench_table_on_a_terminal(monkeypatch, capsys):
+    pytest.importorskip("rich", reason="draws the table")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "200")
+    table.show(made())
+    drawn = capsys.readouterr().out
+    assert "───" in drawn and "masked_attention; under a rival's name" in drawn
+    rows = [" ".join(line.split()) for line in drawn.splitlines()]
+    assert "infer 0.2000 ±3 % 5.000 5.000 33 % matmul 0.1500 11.00 3.10x 0.50x failed" in rows
+    # On a narrow one a case's name has a line of its own, and nothing is cut.
+    monkeypatch.setenv("COLUMNS", "95")
+    table.show(made())
+    drawn = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    rows = [" ".join(line.split()) for line in drawn.splitlines()]
+    at = rows.index("infer")
+    assert rows[at + 1] == "0.2000 ±3 % 5.000 5.000 33 % matmul 0.1500 11.00 3.10x 0.50x failed"
+    monkeypatch.setitem(sys.modules, "rich", None)
+    table.show(made())
+    assert capsys.readouterr().out == table.plain(made()) + "\n"
+
+
+def test_bench_progress(monkeypatch, capsys):
+    record = record_of(TinyCase(8))
+    with progress.Progress() as plain:
+        plain.start(TinyCase(8), 2, 7, 200.0)
+        plain.finish(record)
+    told = capsys.readouterr().err
+    assert told.startswith("[3/7, 3 min left] layer_norm infer 8x16: ") and "broken failed" in told
+    pytest.importorskip("rich", reason="draws the bar")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "250")
+    with progress.Progress() as bar:
+        bar.start(TinyCase(8), 2, 7, 50.0)
+        bar.finish(record_of(TinyCase(8, off_by=1.0)))
+        bar._bar.refresh()
+    told = capsys.readouterr().err
+    assert "RED, no figures: y: max error" in told and "2/7" in told and "50 s left" in told
+
+
+# make gpu
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The script's module."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))  # as python does for a script
+    return importlib.import_module("gpu")
+
+
+def script(name: str, *args: object, **environment: str) -> subprocess.CompletedProcess:
+    """Run a script of bench/ as on the command line, without the interpreter."""
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, ROOT / "bench" / name, *args]
+    return subprocess.run(command, capture_output=True, text=True, env={**clean, **environment})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
-def test_bench_gpu_says_when_there_is_none():
-    done = script("gpu.py")
-    assert done.returncode == 2
-    assert "no GPU found" in done.stderr
-    done = script("run.py", "--device", "cuda")
-    assert done.returncode == 2
-    assert "no CUDA GPU found" in done.stderr
+def test_bench_gpu_says_when_there_is_none(gpu, capsys):
+    assert gpu.main([]) == 2
+    assert "no GPU found" in capsys.readouterr().err
 
 
-def test_bench_gpu_says_that_the_tests_need_pytest(bench, monkeypatch, capsys):
-    gpu = bench("gpu")
+def test_bench_gpu_says_that_the_tests_need_pytest(gpu, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
-    assert gpu.run_tests(["tests"]).startswith("failed: pytest is not installed")
+    assert gpu.run_tests(["tests"], tmp_path / "done", None).startswith("failed: pytest is not installed")
     assert "the tests need pytest" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would be measured on the GPU")
-def test_bench_gpu_dry_run_writes_nothing(bench):
+def test_bench_gpu_dry_run_writes_nothing():
+    # With the packages of the GPU machine: neither rich nor matplotlib.
+    from fastconv.bench.cases import cases
+
     before = sorted((ROOT / "bench").rglob("*.json"))
-    done = script("gpu.py", "--dry-run", "--tests", ROOT / "tests" / "test_tolerance.py")
+    hide = "import sys; sys.modules['rich'] = sys.modules['matplotlib'] = None; sys.argv[0] = 'bench/gpu.py'; "
+    hide += f"sys.path.insert(0, {str(ROOT / 'bench')!r}); import gpu; sys.exit(gpu.main())"
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", hide, "--dry-run", "--tests", ROOT / "tests" / "test_tolerance.py"],
+        capture_output=True,
+        text=True,
+        env={**clean, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
+    number = len(cases(CPU, quick=True))
     assert "tests passed: " in done.stdout
-    assert f"{len(bench('cases').cases(CPU, quick=True))} cases to measure" in done.stdout
-    assert "targets reached" in done.stdout
+    assert f"{number} cases to measure" in done.stdout and f"{number} cases, all right" in done.stdout
     assert sorted((ROOT / "bench").rglob("*.json")) == before
 
 
-def test_bench_results_are_not_measured_twice(bench):
-    measured = bench("gpu").measured
-    origin = {"code": "abc", "torch": "2.13", "triton": "3.7"}
-    assert measured({"ms": {}, **origin}, origin)
-    assert not measured({"ms": {}, **origin}, {**origin, "code": "def"})
-    assert not measured({"ms": {}, **origin}, {**origin, "triton": "3.9"})
-    assert not measured({"red": {}, **origin}, origin)
-    assert not measured({}, origin)
+def test_bench_gpu_runs_each_test_once(gpu, monkeypatch, tmp_path):
+    # Side by side where pytest-xdist is there, then without it.
+    monkeypatch.setattr(gpu, "_WORKERS", 1)
+    file, done = tmp_path / "test_some.py", tmp_path / "done"
+    wrong = "import pytest\ndef test_a(): pass\n@pytest.mark.skip\ndef test_b(): pass\ndef test_c(): assert {}\n"
+    file.write_text(wrong.format(0))
+    assert gpu.run_tests([str(file)], done, None).startswith("failed: 1 failed, 1 passed, 1 skipped")
+    assert sorted(passed_tests.read(done).values()) == ["passed", "skipped"]
+    # The others aren't run again: they would fail now.
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: name != "xdist" or None)
+    file.write_text(wrong.format(1).replace("pass", "assert 0"))
+    for _ in range(2):  # then there is none left
+        assert gpu.run_tests([str(file)], done, None) == "passed: 2 passed, 1 skipped"
 
 
-def test_bench_results_file_has_the_gpus_name(bench):
-    assert bench("gpu").results_file("NVIDIA H200").name == "NVIDIA-H200.json"
+def test_bench_gpu_tests_that_take_too_long_go_on_later(gpu, monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: name != "xdist" or None)
+    file, done = tmp_path / "test_slow.py", tmp_path / "done"
+    file.write_text("import time\ndef test_a(): pass\ndef test_b(): time.sleep(60)\n")
+    # Whatever it has come to by then.
+    assert gpu.run_tests([str(file)], done, 3.0).startswith("unfinished: ")
+    assert not any("test_b" in name for name in passed_tests.read(done))
 
 
-def test_bench_report(bench):
-    record = {
-        "case": "layer_norm infer",
-        "ms": {"fastconv": 0.5},
-        "bytes_per_s": 4e12,
-        "of_roof": 0.93,
-        "ratios": {"copy": 0.92, "torch.compile": 0.8},
-        "targets": {"copy": 0.9, "torch.compile": 1.0, "torch": 1.4},
-        "code": "abc",
-    }
-    results = {"device": "a card", "tests": "passed: 3", "records": {"layer_norm infer": record}}
-    text = bench("report").report(results, "abc")
-    assert "copy 0.92x, want 0.90x;" in text
-    assert "torch.compile 0.80x, want 1.00x MISSED;" in text
-    assert "torch not measured, want 1.40x MISSED" in text
-    assert text.endswith("1 of 3 targets reached")
-    assert "of other sources" not in text
-    assert "of other sources" in bench("report").report(results, "def")
+def test_bench_gpu_tests_that_passed_are_not_run_again(gpu, monkeypatch, tmp_path, capsys):
+    held, ran, done = {}, [], tmp_path / "done"
+    monkeypatch.setattr(gpu, "tests_state", lambda: "state")
+    monkeypatch.setattr(gpu, "run_tests", lambda paths, done, seconds: ran.append(seconds) or "passed: 3 passed")
+    gpu._test(held, ["tests"], done, 10.0, share=0.5)
+    gpu._test(held, ["tests"], done, 10.0, share=0.5)
+    assert ran == [300.0] and held == {"tests": "passed: 3 passed", "tests_code": "state"}
+    assert "tests passed: 3 passed, with this code, in a run before" in capsys.readouterr().out
+    done.write_text("passed of the old code\n")
+    monkeypatch.setattr(gpu, "tests_state", lambda: "another")
+    monkeypatch.setattr(gpu, "run_tests", lambda paths, done, seconds: f"failed: {done.exists()}")
+    gpu._test(held, ["tests"], done, None, share=0.5)
+    assert held["tests"] == "failed: False"
+
+
+def test_bench_results_file_has_the_gpus_name(gpu):
+    assert gpu.results_file("NVIDIA H200").name == "NVIDIA-H200.json"
 
 
 @pytest.mark.parametrize("cwd", ["elsewhere", "the root"])

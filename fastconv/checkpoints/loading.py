@@ -136,7 +136,7 @@ def _check_kinds(pairs: dict[str, tuple[torch.Tensor, StoredTensor]], source: st
         raise ValueError(f"{source} must hold {', '.join(_DTYPES)} tensors, got {listed(wrong)}")
 
 
-class _NoRandomInit(TorchFunctionMode):
+class NoRandomInit(TorchFunctionMode):
     """Leaves parameters as they were allocated: drawing 10^8 normal numbers takes longer than loading them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -147,7 +147,7 @@ class _NoRandomInit(TorchFunctionMode):
 
 def skeleton(model_class: type[Any], config: Any) -> Any:
     """A model that has names and shapes, but no memory."""
-    with torch.device("meta"), _NoRandomInit():
+    with torch.device("meta"), NoRandomInit():
         return model_class(config)
 
 
@@ -169,7 +169,7 @@ def load_folder(
         # First without memory, so that sizes that belong to other weights are told before they are allocated.
         match = match_names(skeleton(model_class, config), stored, repr(str(folder)))
         chosen = choose_dtype(dtype, config, stored.values())
-        with torch.device("cpu" if device is None else device), _NoRandomInit():
+        with torch.device("cpu" if device is None else device), NoRandomInit():
             model = model_class(config)
         if match.missing:
             model.init_weights()

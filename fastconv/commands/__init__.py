@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 
 class InputError(Exception):
     """Bad input: `fastconv.cli.main` tells it in one line and exits with 2."""
+
+
+def check_writable(option: str, path: str | os.PathLike[str]) -> None:
+    """See that a file can be written, before anything is computed. Raises InputError."""
+    existed = os.path.lexists(path)
+    try:
+        with open(path, "ab"):
+            pass
+    except OSError as error:
+        raise InputError(f"--{option}: can't write {os.fspath(path)!r}: {error.strerror}") from error
+    if not existed:
+        os.remove(path)
 
 
 @contextlib.contextmanager

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from fastconv.commands import telling_bad_input, telling_memory
+from fastconv.commands import check_writable, telling_bad_input, telling_memory
 
 _DESCRIPTION = (
     "Run a model by every path (plain reference, transformers if installed, fastconv) on the same real text and "
@@ -107,16 +106,8 @@ def _check_files(args: argparse.Namespace) -> None:
         plot.check_installed()
     for option in ("json", "plot"):
         file = getattr(args, option)
-        if file is None:
-            continue
-        existed = os.path.lexists(file)
-        try:
-            with open(file, "ab"):
-                pass
-        except OSError as error:
-            raise OSError(f"--{option}: can't write {file!r}: {error.strerror}") from error
-        if not existed:
-            os.remove(file)
+        if file is not None:
+            check_writable(option, file)
 
 
 def _read(file: str) -> str:
