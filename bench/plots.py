@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastconv.bench.records import ROOFS, goals, is_model, is_own, origin, peaks, rivals, si, subject, variant
-from fastconv.bench.results import Record, Results
+from fastconv.bench.results import Record, Results, digest
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -606,6 +606,8 @@ def png(results: Results, folder: str | Path, *, names: Collection[str] | None =
 
     names: of those to write, as "roofline-bfloat16"; None: all
 
+    Each says in its metadata, as "Source", which results it shows: their `digest`.
+
     Raises: ImportError without matplotlib, ValueError for a name that the results have no plot for, OSError.
     """
     check_installed()
@@ -625,6 +627,6 @@ def png(results: Results, folder: str | Path, *, names: Collection[str] | None =
         path = folder / f"{plot.name}.png"
         with matplotlib.rc_context(_STYLE):
             figure, _ = _figure(plot, columns=2)
-            figure.savefig(path, dpi=160, metadata={"Software": None})
+            figure.savefig(path, dpi=160, metadata={"Software": None, "Source": digest(results)})
         written.append(path)
     return written

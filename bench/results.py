@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -70,6 +71,11 @@ def _wrong(results: Results) -> str | None:
 def _part(record: Record, key: str) -> dict[str, Any]:
     value = record.get(key)
     return value if isinstance(value, dict) else {}
+
+
+def digest(results: Results) -> str:
+    """A hash of the records: the same figures, the same hash."""
+    return hashlib.sha256(json.dumps(results["records"], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def save(path: str | os.PathLike, results: Results) -> None:

@@ -1,0 +1,56 @@
+"""README.md: its figures are those of the results files, and what it links to exists."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from fastconv.bench import readme
+from fastconv.parity.results import Verification
+
+PAGE = readme.README.read_text(encoding="utf-8")
+
+
+def test_readme_figures_are_those_of_the_results():
+    assert list(readme.differences(PAGE)) == []
+
+
+@pytest.mark.parametrize("name", readme.BLOCKS)
+def test_readme_a_changed_figure_is_told(name, capsys, monkeypatch, tmp_path):
+    block = next(
+        block
+        for block in re.finditer(r"<!-- figures: ([\w-]+) -->\n.*?<!-- end -->", PAGE, re.DOTALL)
+        if block[1] == name
+    )
+    figure = re.search(r"\d", block[0].partition("\n")[2])
+    at = block.start() + len(block[0].partition("\n")[0]) + 1 + figure.start()
+    changed = PAGE[:at] + str((int(PAGE[at]) + 1) % 10) + PAGE[at + 1 :]
+    assert list(readme.differences(changed)) == [name]
+    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
+    readme.README.write_text(changed, encoding="utf-8")
+    assert readme.main(["--check"]) == 1
+    assert f"the figures of {name!r}" in capsys.readouterr().err
+    assert readme.main([]) == 0
+    assert readme.README.read_text(encoding="utf-8") == PAGE
+
+
+def test_readme_a_lost_block_is_told():
+    name = next(iter(readme.BLOCKS))
+    assert list(readme.differences(PAGE.replace(f"<!-- figures: {name} -->", ""))) == [name]
+
+
+def test_readme_links_to_files_that_exist():
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", PAGE) if "://" not in link]
+    assert links, "the plots at least"
+    assert [link for link in links if not (readme.README.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("run", readme.VERIFIED, ids=lambda run: run.name)
+def test_readme_verifications_survive_their_file(run):
+    kept = json.loads(run.file.read_text(encoding="utf-8"))
+    again = Verification.from_dict(kept).to_dict()
+    assert {**again, "command": kept["command"]} == kept
+    assert not Path(kept["model"]).is_absolute()
