@@ -31,7 +31,7 @@ test: .venv/installed
 	@touch $@
 
 test-transformers-4: .venv-transformers-4/installed
-	$(<D)/bin/pytest -n $(WORKERS) tests/test_transformers_equality.py tests/test_roc_bert_transformers.py tests/test_every_*.py tests/test_resize.py tests/test_decoder.py tests/test_generation_transformers.py tests/test_tasks_transformers.py tests/test_swap*.py tests/test_attention_accelerated.py tests/test_embeddings_accelerated.py tests/test_padding_free.py tests/test_graphs.py tests/test_loss_only.py tests/test_register_attention.py tests/test_checkpoints*.py tests/test_tokenization*.py
+	$(<D)/bin/pytest -n $(WORKERS) tests/test_transformers_equality.py tests/test_roc_bert_transformers.py tests/test_every_*.py tests/test_resize.py tests/test_decoder.py tests/test_generation_transformers.py tests/test_tasks_transformers.py tests/test_swap*.py tests/test_attention_accelerated.py tests/test_encoder_layer.py tests/test_embeddings_accelerated.py tests/test_padding_free.py tests/test_graphs.py tests/test_loss_only.py tests/test_register_attention.py tests/test_checkpoints*.py tests/test_tokenization*.py
 
 # What somebody does without it; the rest of the library knows nothing of it.
 test-without-transformers: .venv/installed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,11 @@ from fastconv.tolerance import Comparison, compare
 
 Op = Callable[..., torch.Tensor]
 Tensors = dict[str, torch.Tensor]
+
+# Rows of a large result that are compared: of its beginning, of its end, and about as many of what is between them.
+_ROWS = 1024
+# Of a binomial distribution: a right share is further away once in 10^9 cases.
+_SIGMAS = 6
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,10 @@ class Case(ABC):
 
         compiled: with torch.compile of the first rival, named "HF compile" for "HF"
         """
+
+    def replays(self, label: str, device: torch.device) -> bool:
+        """Whether a run replays CUDA graphs, whose memory is theirs already: a call's peak says nothing then."""
+        return False
 
 
 class BenchCase(Case):
@@ -186,6 +196,21 @@ class BenchCase(Case):
 
 
 def ends(t: torch.Tensor) -> torch.Tensor:
-    """The first and last rows of a large tensor (..., C); those in between are made alike."""
+    """The first and last rows of a large tensor (..., C), and some of those in between, which are made alike."""
     rows = t.flatten(0, -2) if t.dim() > 2 else t
-    return t if t.dim() < 2 or len(rows) <= 2048 else torch.cat([rows[:1024], rows[-1024:]])
+    if t.dim() < 2 or len(rows) <= 3 * _ROWS:
+        return t
+    middle = rows[_ROWS:-_ROWS]
+    # An odd step: it comes to every place within a kernel's tiles.
+    step = math.ceil(len(middle) / _ROWS) | 1
+    return torch.cat([rows[:_ROWS], middle[::step], rows[-_ROWS:]])
+
+
+def kept_share(kept: torch.Tensor, dropout_p: float) -> Comparison:
+    """The share that a dropout kept against 1 - dropout_p: of a mask taken from a result that is to be judged by it.
+
+    kept: any shape, bool
+    """
+    error = abs(kept.double().mean().item() - (1 - dropout_p))
+    allowed = _SIGMAS * math.sqrt(dropout_p * (1 - dropout_p) / kept.numel())
+    return Comparison(error, allowed, error, allowed, 1 - dropout_p, True)

@@ -148,8 +148,14 @@ def _case(record_a: Record, record_b: Record, a: Results, b: Results, threshold:
         what = ", ".join(f"{key} {record_a.get(key)} and {record_b.get(key)}" for key in changed)
         yield Finding(case, "fastconv", "not judged", None, f"the case is another: {what}")
         return
-    for label in record_b["seconds"]:
-        if is_own(label) and label in record_a["seconds"]:
+    for label in record_a["seconds"]:
+        if not is_own(label):
+            continue
+        if label not in record_b["seconds"]:
+            why = record_b.get("broken", {}).get(label)
+            verdict = "not judged" if why is None else "wrong"
+            yield Finding(case, label, verdict, None, "not in the second" if why is None else f"failed: {why}")
+        else:
             yield _time(label, record_a, record_b, a, b, threshold)
             yield from _memory(label, record_a, record_b, threshold)
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from fastconv.bench import shapes
-from fastconv.bench.case import BenchCase, Op, Tensors, ends
+from fastconv.bench.case import BenchCase, Op, Tensors, ends, kept_share
 from fastconv.bench.op_case import OpCase
 from fastconv.bench.shapes import Place, Point
 from fastconv.ops import embedding_norm
@@ -35,6 +35,12 @@ def _ids_of_types(place: Place, device: torch.device) -> torch.Tensor:
     """As transformers' buffer, one row for all sequences of a batch; of a packed batch, one of each token."""
     shape = (1, place.length) if place.lengths == "full" else place.lead
     return torch.zeros(shape, dtype=torch.int64, device=device)
+
+
+@functools.lru_cache(maxsize=4)
+def _positions(length: int, device: torch.device) -> torch.Tensor:
+    """(1, length), as transformers' buffer."""
+    return torch.arange(length, device=device)[None]
 
 
 @dataclass(frozen=True)
@@ -119,15 +125,17 @@ class EmbeddingNormCase(OpCase):
         out = self.with_gradients(self.op, tensors, dy)
         # What was dropped is 0; elsewhere 0 is as good as impossible.
         dropout: dict[str, Any] = {}
+        found: dict[str, Comparison] = {}
         if self.dropout_p:
             dropout = {"dropout_p": self.dropout_p, "dropout_mask": out["y"] != 0}
+            found["kept"] = kept_share(dropout["dropout_mask"], self.dropout_p)
 
         def reference(**t: Any) -> torch.Tensor:
             return reference_embedding_norm(**self._arguments(**t), **dropout)
 
         own = self.with_gradients(reference, tensors, dy)
         truth = self.with_gradients(reference, {k: t.double() for k, t in tensors.items()}, dy.double())
-        return {k: compare(ends(out[k]), ends(own[k]), ends(truth[k])) for k in out}
+        return found | {k: compare(ends(out[k]), ends(own[k]), ends(truth[k])) for k in out}
 
     def rivals(self, device: torch.device) -> dict[str, Op]:
         def eager(words, positions, types, weight, bias):
@@ -135,9 +143,7 @@ class EmbeddingNormCase(OpCase):
             given = self._given(weight.device)
             ids, _, kinds = given["ids"]
             packing = given["packing"]
-            places = (
-                packing.before if packing is not None else torch.arange(self.place.length, device=weight.device)[None]
-            )
+            places = packing.before if packing is not None else _positions(self.place.length, weight.device)
             z = F.embedding(ids, words, _PADDING) + F.embedding(kinds, types)
             z = F.layer_norm(z + F.embedding(places, positions), z.shape[-1:], weight, bias, 1e-12)
             return F.dropout(z, self.dropout_p)

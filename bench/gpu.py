@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     origin = provenance(device, shlex.join(["python3", "bench/gpu.py", *(sys.argv[1:] if argv is None else argv)]))
     path = results_file(str(origin["device"]))
     try:
-        results = new(origin) if args.dry_run else resume(path, origin, keep_old=True)
+        results = new(origin) if args.dry_run else resume(path, origin)
     except ResultsError as error:
         print(f"{error}: nothing was run", file=sys.stderr)
         return 2

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from fastconv.bench import shapes
-from fastconv.bench.case import BenchCase, Op, Tensors, ends
+from fastconv.bench.case import BenchCase, Op, Tensors, ends, kept_share
 from fastconv.bench.op_case import OpCase
 from fastconv.bench.shapes import Place, Point
 from fastconv.ops import layer_norm
@@ -119,13 +119,14 @@ class LayerNormCase(OpCase):
         out = self.with_gradients(self.op, tensors, dy)
         # What was dropped has gradient 0; elsewhere 0 is as good as impossible.
         kept = out["dx"] != 0 if self.dropout_p else None
+        found = {} if kept is None else {"kept": kept_share(kept, self.dropout_p)}
 
         def reference(**t):
             return reference_layer_norm(**t, dropout_p=self.dropout_p, dropout_mask=kept)
 
         own = self.with_gradients(reference, tensors, dy)
         truth = self.with_gradients(reference, {k: t.double() for k, t in tensors.items()}, dy.double())
-        return {k: compare(ends(out[k]), ends(own[k]), ends(truth[k])) for k in out}
+        return found | {k: compare(ends(out[k]), ends(own[k]), ends(truth[k])) for k in out}
 
     def rivals(self, device: torch.device) -> dict[str, Op]:
         def chain(x, weight, bias, x_bias=None, residual=None):

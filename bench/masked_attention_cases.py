@@ -200,6 +200,8 @@ def _flex_attention(place: Place, device: torch.device):
     mask = create_block_mask(
         lambda b, h, i, j: j < lengths[b], place.batch, None, place.length, place.length, device=str(device)
     )
+    # What was compiled for other batches counts against the limit of recompilations, past which it runs eagerly.
+    torch.compiler.reset()
     return torch.compile(flex_attention, dynamic=False), mask
 
 

@@ -202,12 +202,16 @@ class ModelCase(Case):
         if rival is not None and compiled and self.place.compiled:
             # What was compiled for other cases counts against the limit of recompilations.
             torch.compiler.reset()
-            mode = "reduce-overhead" if self.place.batch == 1 and device.type == "cuda" else None
+            mode = "reduce-overhead" if self.replays(f"{rival} compile", device) else None
             found[f"{rival} compile"] = torch.compile(found[rival], dynamic=False, mode=mode)
         runs = {label: self._timed(label, model, inputs) for label, model in found.items()} | broken
         if "matmul" in self.labels(device):
             runs["matmul"] = _product(self.flops(), self.dtype, device)
         return runs
+
+    def replays(self, label: str, device: torch.device) -> bool:
+        latency = label.endswith(" compile") and self.place.batch == 1
+        return device.type == "cuda" and (latency or label == "fastconv graphs")
 
     def _timed(self, label: str, model: nn.Module, inputs: dict[str, torch.Tensor]) -> Run:
         if self.direction == "infer":

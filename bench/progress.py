@@ -52,11 +52,12 @@ class Progress:
         self._bar.update(self._task, description=case.name, completed=done, total=total, left=left)
 
     def finish(self, record: Record) -> None:
-        """It is measured. On a terminal only what is wrong is told at once: the table follows."""
+        """It is measured, or too large. On a terminal only what isn't in the table or is wrong is told at once."""
         if self._bar is None:
             print(f"{self._place} {line(record)}", file=sys.stderr, flush=True)
-        elif "red" in record:
-            self._bar.console.print(line(record), style="bold red", markup=False, highlight=False)
+        elif "red" in record or "too_large" in record:
+            style = "bold red" if "red" in record else "yellow"
+            self._bar.console.print(line(record), style=style, markup=False, highlight=False)
 
 
 def _duration(seconds: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import importlib.util
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -15,7 +16,6 @@ import fastconv
 import fastconv.bench
 import fastconv.kernels
 import fastconv.reference
-from fastconv.kernels._configs import user_table
 from fastconv.parity.environment import cpu_name, version
 
 _HERE = Path(__file__).resolve().parent
@@ -41,9 +41,12 @@ def code_state() -> str:
         within = Path(*package.__name__.split("."))
         found = (*folder.rglob("*.py"), *folder.glob("tables/*.json"))
         files |= {(within / path.relative_to(folder)).as_posix(): path for path in found}
-    own_table = user_table()
-    if own_table is not None and own_table.is_file():
-        files["the user's table"] = own_table
+    if importlib.util.find_spec("triton") is not None:
+        from fastconv.kernels._configs import user_table
+
+        own_table = user_table()
+        if own_table is not None and own_table.is_file():
+            files["the user's table"] = own_table
     return hash_of({name: path for name, path in files.items() if not name.startswith(_SHOWS)})
 
 

@@ -169,9 +169,14 @@ def bench() -> str:
 
 
 def _measured() -> list[tuple[Path, Results]]:
-    """The results files of devices, by name."""
+    """The results files of devices, by name, and what is in them."""
     found = [path for path in sorted(RESULTS.glob("*.json")) if path.name != "launches.json"]
-    return [(path, results.load(path)) for path in found]
+    measured = [(path, results.load(path)) for path in found]
+    for _, of_device in measured:
+        # What other sources or versions were measured with is no figure of this page.
+        records = of_device["records"].items()
+        of_device["records"] = {name: record for name, record in records if results.same_state(record, of_device)}
+    return measured
 
 
 def _bench(measured: tuple[Path, Results]) -> str:
@@ -189,7 +194,8 @@ def _bench(measured: tuple[Path, Results]) -> str:
 
 
 def _shown(record: Record) -> bool:
-    return "red" not in record and (is_model(record) or (record["batch"], record["length"]) == (8, 512))
+    largest = (record["batch"], record["length"]) == (8, 512) and record["direction"] in ("infer", "step")
+    return "red" not in record and (is_model(record) or largest)
 
 
 def _bench_row(record: Record) -> list[str]:
@@ -228,14 +234,10 @@ def pictures() -> str:
     """The plots of every device, drawn if matplotlib is installed."""
     lines = []
     for path, found in _measured():
-        there_are = {plot.name: plot.title for plot in plots.plots(found)[0]}
+        there_are = {plot.name: " ".join(plot.title.split()) for plot in plots.plots(found)[0]}
         names = [name for name in _PLOTS if name in there_are]
-        lines += [f"![{there_are[name]}]({_picture(path, name).relative_to(README.parent)})" for name in names]
+        lines += [f"![{there_are[name]}](bench/results/{path.stem}/{name}.png)" for name in names]
     return "\n\n".join(lines)
-
-
-def _picture(path: Path, name: str) -> Path:
-    return path.with_suffix("") / f"{name}.png"
 
 
 def draw() -> None:

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,53 @@ def _wrong(results: Results) -> str | None:
     for key in ("device", "torch", "code"):
         if not isinstance(results.get(key), str):
             return f"{key} must be a string, got {results.get(key)!r}"
+    roofs = results.get("roofs", {"copy": 0.0, "matmul": {}})
+    if not isinstance(roofs, dict) or not _number(roofs.get("copy")) or not _each(roofs.get("matmul"), _number):
+        return f"roofs must be rates of copy and, by dtype, of matmul, got {str(roofs)[:100]}"
     for name, record in records.items():
         if not isinstance(record, dict) or record.get("case") != name:
             return f"the record of {name!r} must be an object of that case"
         if "red" not in record and "fastconv" not in _part(record, "seconds"):
             return f"the record of {name!r} has neither seconds of fastconv nor why there are none"
+        wrong = next((field for field, right in _fields(record) if not right), None)
+        if wrong is not None:
+            return f"the record of {name!r} has {wrong} {str(record.get(wrong))[:100]}"
     return None
+
+
+def _fields(record: Record) -> Iterator[tuple[str, bool]]:
+    """What those who show a record read of it, and whether it is there as they expect it."""
+    for key in ("kind", "op", "direction", "dtype"):
+        yield key, isinstance(record.get(key), str)
+    yield "model", isinstance(record.get("model", 0), str | None)
+    for key in ("red", "broken"):
+        yield key, isinstance(record.get(key, {}), dict)
+    if "red" in record:
+        return
+    for key in ("bytes", "flops", "bytes_per_s", "flops_per_s", "of_roof"):
+        yield key, _number(record.get(key))
+    yield "roof", isinstance(record.get("roof"), str)
+    for key in ("seconds", "ratios", "graph_seconds"):
+        yield key, _each(record.get(key, {} if key == "graph_seconds" else None), _spread)
+    for key in ("targets", "host_seconds", "joules_per_token"):
+        yield key, _each(record.get(key, {}), _number)
+    yield "peak_bytes", _each(record.get("peak_bytes", {}), lambda value: value is None or _number(value))
+    if record["kind"] == "model":
+        # Every other way's ratio is shown beside its time.
+        yield "ratios", record["seconds"].keys() <= {"fastconv", *record["ratios"]}
+        yield "tokens_per_s", _each(record.get("tokens_per_s"), _number)
+
+
+def _each(value: Any, right: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(map(right, value.values()))
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+def _spread(value: Any) -> bool:
+    return isinstance(value, dict) and all(_number(value.get(key)) for key in ("median", "low", "high"))
 
 
 def _part(record: Record, key: str) -> dict[str, Any]:
@@ -102,11 +144,12 @@ def new(origin: Results) -> Results:
     return {"schema": SCHEMA, **origin, "records": {}}
 
 
-def resume(path: str | os.PathLike, origin: Results, *, keep_old: bool) -> Results:
+def resume(path: str | os.PathLike, origin: Results) -> Results:
     """The results to go on with: of the file if there is one, under the present origin.
 
+    Records of other code and versions stay until they are measured again.
+
     origin: what `provenance` says
-    keep_old: with the records of other code and versions, until they are measured again
 
     Raises: ResultsError for a file that holds something else, or the results of another device.
     """
@@ -118,8 +161,6 @@ def resume(path: str | os.PathLike, origin: Results, *, keep_old: bool) -> Resul
         raise ResultsError(
             f"{str(path)!r} holds results of {found['device']}, and this is {origin['device']}: name another file"
         )
-    if not keep_old:
-        found["records"] = {name: r for name, r in found["records"].items() if same_state(r, origin)}
     return {**found, **empty, "records": found["records"]}
 
 

@@ -27,6 +27,15 @@ class Roofs:
         return roof, seconds[roof]
 
 
+def product(n: int, dtype: torch.dtype, device: torch.device) -> Run:
+    """A product of two matrices (n, n), by the best library there is."""
+    # Random: zeros draw less power and run faster than real data.
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    if _onednn.usable(a, b, None):  # on AMD's processors twice as fast as MKL, which matmul asks
+        return functools.partial(_onednn.linear, a, b, None)
+    return functools.partial(torch.matmul, a, b)
+
+
 def measure(device: torch.device, *, quick: bool = False) -> Roofs:
     """Measure the roofs in one go; a second on a GPU. The fastest round counts: what slows a roof is not its own."""
     gpu, rounds = device.type == "cuda", 3 if quick else 11
@@ -41,11 +50,6 @@ def measure(device: torch.device, *, quick: bool = False) -> Roofs:
     rates = {}
     # fp16 on a GPU alone: without instructions for it, as most CPUs are, nobody computes in it.
     for dtype in (torch.bfloat16, torch.float32, *((torch.float16,) if gpu else ())):
-        # Random: zeros draw less power and run faster than real data.
-        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        products: dict[str, Run] = {"matmul": functools.partial(torch.matmul, a, b)}
-        if not gpu and _onednn.usable(a, b, None):  # on AMD's processors twice as fast as MKL, which matmul asks
-            products["oneDNN"] = functools.partial(_onednn.linear, a, b, None)
-        seconds = interleaved(products, device, rounds=rounds)
-        rates[str(dtype).removeprefix("torch.")] = 2 * n**3 / min(map(min, seconds.values()))
+        seconds = interleaved({"matmul": product(n, dtype, device)}, device, rounds=rounds)["matmul"]
+        rates[str(dtype).removeprefix("torch.")] = 2 * n**3 / min(seconds)
     return Roofs(2 * size / min(copies), rates)

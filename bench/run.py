@@ -1,9 +1,10 @@
 """Measures cases: each checked, then timed with its rivals in one process, interleaved.
 
 A case is checked before it is timed: where a result doesn't keep the 2x rule against the reference in fp64, or the case
-raises, its record has no figures. On a CPU the ops run their native formulation, never Triton's interpreter. Ratios are
-of the rounds (rival's time / fastconv's time) and hold on any machine; times mean something on an idle one only. "copy"
-is a plain copy that moves as many bytes as the op has to, in the same run.
+raises, its record has no figures; one that is too large for the device has no record. On a CPU the ops run their native
+formulation, never Triton's interpreter. Ratios are of the rounds (rival's time / fastconv's time) and hold on any
+machine; times mean something on an idle one only. "copy" is a plain copy that moves as many bytes as the op has to, in
+the same run.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -23,11 +25,16 @@ from fastconv.bench import timing
 from fastconv.bench.case import Case
 from fastconv.bench.energy import joules
 from fastconv.bench.provenance import now
+from fastconv.bench.records import ROOFS, is_own
 from fastconv.bench.results import Record
-from fastconv.bench.roofs import Roofs
+from fastconv.bench.roofs import Roofs, product
 from fastconv.bench.timing import Run
 from fastconv.parity.measure import peak_bytes
 from fastconv.recorder import Recorder
+from fastconv.tolerance import exact_convolutions
+
+# Ways of our own that need more than fastconv: a compiler, a model that can be recorded.
+_MAY_FAIL = ("fastconv compile", "fastconv graphs")
 
 
 class Progress(Protocol):
@@ -37,7 +44,7 @@ class Progress(Protocol):
         """A case begins; so many of all are done, and the rest takes about so long (None: nobody knows yet)."""
 
     def finish(self, record: Record) -> None:
-        """It is measured."""
+        """It is measured, or too large."""
 
 
 def _is_op(case: Case) -> bool:
@@ -55,6 +62,8 @@ def run(
     deadline: float | None = None,
 ) -> Iterator[Record]:
     """Measure the cases in the order given; yields each one's record.
+
+    Of a case that is too large for the device's memory it says why, "too_large", and nothing else.
 
     rounds: None is enough for a steady median
     compiled: with torch.compile of the first rivals
@@ -90,6 +99,8 @@ def _expected(case: Case, took: dict[tuple, list[float]]) -> float:
 def _record(case: Case, device: torch.device, roofs: Roofs, *, rounds: int | None, compiled: bool) -> Record:
     try:
         record = run_case(case, device, roofs, rounds=rounds, compiled=compiled)
+    except torch.OutOfMemoryError as error:
+        record = {"case": case.name, "too_large": _told(error)}
     except Exception as error:  # of hundreds of cases one that fails is no reason to lose the others
         record = _identity(case) | {"red": {"raised": _told(error)}}
     if not _is_op(case):  # models are full of cycles; for each op's tensors looking for them would take too long
@@ -105,7 +116,8 @@ def run_case(case: Case, device: torch.device, roofs: Roofs, *, rounds: int | No
         stack.enter_context(backend("auto" if device.type == "cuda" else "native"))
         # A compiled backward that reuses its inputs' memory could run only once.
         stack.enter_context(torch._functorch.config.patch(donated_buffer=False))
-        red = {name: str(result) for name, result in case.parity(device).items() if not result.ok}
+        with exact_convolutions(device):
+            red = {name: str(result) for name, result in case.parity(device).items() if not result.ok}
         if red:
             return _identity(case) | {"red": red}
         recorder = None
@@ -148,12 +160,20 @@ def _figures(
     if _is_op(case):
         runs["copy"] = _copy(case.bytes(), device)
     runs, broken = _working(runs)
+    dtype = str(case.dtype).removeprefix("torch.")
+    if device.type == "cpu" and dtype in roofs.matmul:
+        runs[_PRODUCT] = product(_SIZE, case.dtype, device)
     # Each has run once. torch.compile's mode for latency records at its second call.
-    times = timing.interleaved(runs, device, rounds=rounds, warmup=2 if device.type == "cuda" else 1)
+    # Of a model eager latency is meant, with what Python takes where it is slower than the GPU.
+    warmup = 2 if device.type == "cuda" else 1
+    times = timing.interleaved(runs, device, rounds=rounds, warmup=warmup, hides_host=_is_op(case))
+    if runs.pop(_PRODUCT, None):
+        roofs = _of_these_rounds(roofs, case, times)
     own = timing.spread(times["fastconv"])
-    peaks = {label: peak_bytes(run, device) for label, run in runs.items() if label != "copy"}
+    measurable = [label for label in runs if label != "copy" and not case.replays(label, device)]
+    peaks = {label: peak_bytes(runs[label], device) for label in measurable}
     targets = case.targets if device.type == "cuda" else case.cpu_targets
-    roof, seconds = roofs.nearer(case.bytes(), case.flops(), str(case.dtype).removeprefix("torch."))
+    roof, seconds = roofs.nearer(case.bytes(), case.flops(), dtype)
     record: Record = {
         "seconds": {label: timing.spread(of) for label, of in times.items()},
         "ratios": _ratios(targets, times, peaks),
@@ -179,6 +199,17 @@ def _figures(
     return record
 
 
+# Beside a case's runs on a CPU: a product large enough for the full rate of a few cores, in half precision too.
+_PRODUCT, _SIZE = "product", 1024
+
+
+def _of_these_rounds(roofs: Roofs, case: Case, times: dict[str, list[float]]) -> Roofs:
+    """The roofs as they were meanwhile: a shared CPU is now fast, now slow, and a small copy stays in its caches."""
+    rate = 2 * _SIZE**3 / statistics.median(times.pop(_PRODUCT))
+    copy = case.bytes() / statistics.median(times["copy"]) if "copy" in times else roofs.copy
+    return Roofs(copy, {str(case.dtype).removeprefix("torch."): rate})
+
+
 def _ratios(
     targets: dict[str, float], times: dict[str, list[float]], peaks: dict[str, int | None]
 ) -> dict[str, timing.Spread]:
@@ -199,9 +230,10 @@ def _of_a_model(case: Case, runs: dict[str, Run], seconds: dict[str, timing.Spre
     tokens = case.subject.tokens
     if not tokens:
         raise ValueError(f"{case.name}: a whole model's case says how many tokens it computes, got {tokens}")
-    found: dict[str, Any] = {"tokens_per_s": {label: tokens / of["median"] for label, of in seconds.items()}}
+    rates = {label: tokens / of["median"] for label, of in seconds.items() if label not in ROOFS}
+    found: dict[str, Any] = {"tokens_per_s": rates}
     # A second each: of fastconv, without padding where there is some, and of the first rival alone.
-    rival = next((label for label in runs if not label.startswith("fastconv")), None)
+    rival = next((label for label in rates if not is_own(label)), None)
     own = ("fastconv", "fastconv remove") if case.subject.lengths == "text" else ("fastconv",)
     asked = [label for label in runs if label == rival or label in own]
     energy = {label: joules(runs[label], device) for label in asked}
@@ -211,13 +243,13 @@ def _of_a_model(case: Case, runs: dict[str, Run], seconds: dict[str, timing.Spre
 
 
 def _working(runs: dict[str, Run]) -> tuple[dict[str, Run], dict[str, str]]:
-    """The runs without the rivals that raise (torch.compile without a compiler, say), and why those raise."""
+    """The runs without those of rivals and of _MAY_FAIL that raise (torch.compile without a compiler), and why."""
     broken = {}
     for label, run in runs.items():
         try:
             run()
         except Exception as error:  # a rival's failure is a result, fastconv's is a bug
-            if label == "fastconv":
+            if is_own(label) and label not in _MAY_FAIL:
                 raise
             broken[label] = _told(error)
     return {label: run for label, run in runs.items() if label not in broken}, broken

@@ -24,12 +24,15 @@ class Session:
 
     results: what is measured so far, of these cases and others
     chosen: all cases asked for, the most informative first; todo: those to measure now
+    too_large: names of those that the device has too little memory for
     """
 
     results: Results
     chosen: Sequence[Case]
     again: bool = False
     todo: list[Case] = field(init=False)
+    too_large: list[str] = field(init=False, default_factory=list)
+    _done: set[str] = field(init=False, default_factory=set)
 
     def __post_init__(self) -> None:
         self.todo = [case for case in self.chosen if self.again or not self._measured(case)]
@@ -44,13 +47,14 @@ class Session:
 
     @property
     def left_out(self) -> list[str]:
-        """Names of those that have no record of now: there was no time."""
-        return [case.name for case in self.todo if not files.same_state(self._record(case), self.results)]
+        """Names of those that are still to be measured: there was no time."""
+        return [case.name for case in self.todo if case.name not in self._done and case.name not in self.too_large]
 
     @property
     def red(self) -> list[str]:
-        """Names of those whose results are wrong."""
-        return [case.name for case in self.chosen if "red" in self._record(case)]
+        """Names of those whose results are wrong, with this code."""
+        records = ((case.name, self._record(case)) for case in self.chosen)
+        return [name for name, record in records if "red" in record and files.same_state(record, self.results)]
 
     def _record(self, case: Case) -> files.Record:
         return self.results["records"].get(case.name, {})
@@ -74,14 +78,15 @@ class Session:
         if not self.todo:
             return
         deadline = None if minutes is None else time.monotonic() + 60 * minutes
-        if self.again:
-            for case in self.todo:
-                self.results["records"].pop(case.name, None)
         origin = {key: self.results.get(key) for key in _OF_A_RECORD}
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             rates = roofs.measure(device, quick=quick)
             self.results["roofs"] = vars(rates)
             save()
             for record in run(self.todo, device, rates, progress, rounds=rounds, compiled=compiled, deadline=deadline):
+                if "too_large" in record:
+                    self.too_large.append(record["case"])
+                    continue
                 self.results["records"][record["case"]] = record | origin
+                self._done.add(record["case"])
                 save()

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastconv.bench.records import ROOFS
 from fastconv.bench.results import Record, Results, same_state
 from fastconv.parity.table import aligned
 
@@ -102,6 +103,8 @@ def head(results: Results) -> list[str]:
 
 def line(record: Record) -> str:
     """One case in one line."""
+    if "too_large" in record:
+        return f"{record['case']}: left out, too large for this device: {record['too_large']}"
     if "red" in record:
         return f"{record['case']}: {_red(record)}"
     time = f"{_significant(1e3 * record['seconds']['fastconv']['median'])} ms"
@@ -166,10 +169,12 @@ def _of_models(records: list[Record], results: Results) -> _Table:
         if "red" in record:
             table.rows.append([name, "fastconv", "RED", *[""] * (len(table.header) - 3)])
             continue
-        for label, seconds in record["seconds"].items():
+        timed = {label: seconds for label, seconds in record["seconds"].items() if label not in ROOFS}
+        for label, seconds in timed.items():
             own = label == "fastconv"
             cells = [name if own else "", label, _significant(1e3 * seconds["median"]), _spread(seconds)]
-            cells += [f"{record['tokens_per_s'][label]:,.0f}"]
+            rate = record["tokens_per_s"].get(label)
+            cells += ["" if rate is None else f"{rate:,.0f}"]
             cells += [f"{_percent(record['of_roof'])} {record['roof']}" if own else ""]
             cells += ["" if own else _times(record["ratios"][label])]
             table.rows.append(cells + [_optional(record, key, label) for key in shown])

@@ -18,19 +18,28 @@ Spread = dict[str, float]
 # nobody else uses.
 _SECONDS, _SECONDS_ON_GPU = 1.0, 0.7
 _FEWEST, _MOST = 5, 50
+# How long a GPU is kept busy for Python at most, and about what it counts in a second: cards run at 1 to 3 GHz.
+_MOST_SPINNING, _CYCLES = 0.02, 2e9
 # Where so many rounds would take a minute, as of a large model on a CPU: the fewest that have quartiles.
 _FEWEST_OF_SLOW, _SLOW_SECONDS = 3, 4.0
 
 
 def interleaved(
-    runs: dict[str, Run], device: torch.device, *, rounds: int | None = None, warmup: int = 2
+    runs: dict[str, Run],
+    device: torch.device,
+    *,
+    rounds: int | None = None,
+    warmup: int = 2,
+    hides_host: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds of every run in every round, after `warmup` calls of each, at least one.
 
     On a GPU: CUDA events around one call, with the L2 cache flushed before it. The flush also keeps the card busy
-    while Python queues the call, so that the launches' cost on the CPU doesn't count.
+    while Python queues the call: of a call that is queued by then the launches' cost on the CPU doesn't count.
 
     rounds: None is enough for a steady median, fewer of what takes long
+    hides_host: on a GPU, keep it busy for twice as long as Python takes to queue the slowest of the calls, so that
+        their cost on the CPU doesn't count
     """
     for _ in range(warmup):
         start = time.perf_counter()
@@ -48,12 +57,15 @@ def interleaved(
                 times[label].append(time.perf_counter() - start)
         return times
 
+    spinning = min(_MOST_SPINNING, 2 * max(host_seconds(runs, device, rounds=1).values())) if hides_host else 0.0
     flush = _flush_buffer(device)
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {label: [] for label in runs}
     for _ in range(rounds):
         for label, run in runs.items():
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             flush.zero_()
+            if spinning:
+                torch.cuda._sleep(int(spinning * _CYCLES))
             begin.record()
             run()
             end.record()

@@ -229,8 +229,9 @@ def accelerate(model: M, *, padding: str = "keep", backend: str = "auto", graphs
     logged at level INFO by the logger "fastconv". Accelerating twice is accelerating once.
 
     In training by kernels a whole layer is one autograd function, with fewer launches than its modules have. Layers
-    with hooks, adapters or unknown modules inside, calls under autocast, torch.compile or torch.func, and those that
-    ask for more than masks run the modules one by one, as inference does.
+    with hooks, adapters or unknown modules inside, those whose weights lie in others' memory (FSDP's, tied ones), calls
+    under autocast, torch.compile or torch.func, and those that ask for more than masks run the modules one by one, as
+    inference does.
 
     The heads over the vocabulary (MaskedLM, LM, PreTraining) take `loss_only=True` in a call, transformers' too: the
     output has the loss but no logits, which are not computed (see `ops.masked_lm_loss`), and tokens without a label

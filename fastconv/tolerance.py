@@ -7,6 +7,8 @@ mean square. (The rule of Dao-AILab/flash-attention's tests.)
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -71,6 +73,23 @@ def compare(
         scale=scale,
         finite=finite,
     )
+
+
+@contextlib.contextmanager
+def exact_convolutions(device: torch.device) -> Iterator[None]:
+    """On a GPU, convolutions of fp32 in fp32, for the results to compare with.
+
+    cuDNN convolves fp32 in TF32 unless told otherwise: the reference's own error would then allow any other path a
+    hundred times that of fp32.
+    """
+    before = torch.backends.cudnn.allow_tf32
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            torch.backends.cudnn.allow_tf32 = before
 
 
 def _rms(t: torch.Tensor) -> float:

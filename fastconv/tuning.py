@@ -25,16 +25,16 @@ import triton
 from torch import nn
 
 from fastconv import dispatch, models, tuning_cases
+from fastconv.bench.case import ends
 from fastconv.bench.provenance import now
 from fastconv.bench.timing import interleaved, ratio
 from fastconv.kernels import _configs
 from fastconv.kernels._configs import Asked, Key
 from fastconv.parity import subjects
 from fastconv.swap import accelerate
-from fastconv.tolerance import compare
+from fastconv.tolerance import compare, exact_convolutions
 from fastconv.tuning_cases import Case
 
-DIRECTIONS = ("infer", "train", "both")
 # Called with what is done next, the steps done and the steps in all.
 Progress = Callable[[str, int, int], None]
 Timer = Callable[..., dict[str, list[float]]]
@@ -43,8 +43,6 @@ Timer = Callable[..., dict[str, list[float]]]
 _GAIN = 1.02
 # All candidates a few times, then the fastest often enough for a spread.
 _ROUNDS, _FINAL_ROUNDS, _FINALISTS = 10, 50, 4
-# Rows of a result that are compared, at both ends; those in between are made alike.
-_ENDS = 1024
 
 
 class TuningError(RuntimeError):
@@ -296,13 +294,14 @@ class _Judge:
         """The output and the gradient of every tensor, by name."""
         gradients = self._case.gradients
         leaves = {name: t.detach().to(dtype).requires_grad_(gradients) for name, t in self._case.tensors.items()}
-        with torch.set_grad_enabled(gradients), dispatch.backend("triton"):
-            y = function(**leaves)
+        with exact_convolutions(self._dy.device):
+            with torch.set_grad_enabled(gradients), dispatch.backend("triton"):
+                y = function(**leaves)
+            made = torch.autograd.grad(y, list(leaves.values()), self._dy.to(y.dtype)) if gradients else ()
         found = {"the result": y.detach()}
         if gradients:
-            made = torch.autograd.grad(y, list(leaves.values()), self._dy.to(y.dtype))
             found |= {f"the gradient of {name}": t for name, t in zip(leaves, made, strict=True)}
-        return {name: _ends(t) for name, t in found.items()}
+        return {name: ends(t.detach()).cpu() for name, t in found.items()}
 
     def problem(self, config: Any) -> str | None:
         """Why a config is not to be used; None: its results are right. Raises TuningError if the GPU is lost."""
@@ -336,11 +335,6 @@ def _synchronize(device: torch.device) -> None:
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0][:200]
-
-
-def _ends(t: torch.Tensor) -> torch.Tensor:
-    rows = t.detach().flatten(0, -2) if t.dim() > 1 else t.detach().flatten()
-    return rows.cpu() if len(rows) <= 2 * _ENDS else torch.cat([rows[:_ENDS], rows[-_ENDS:]]).cpu()
 
 
 def _read(path: Path) -> dict[tuple[str, Key], Any]:

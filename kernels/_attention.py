@@ -232,13 +232,13 @@ def pick_config(kernel: str, shape: tuple[int, int, int, int], dtype: torch.dtyp
     """Launch config of a kernel for `shape` (B * H, Sq, D, busy). Not tuned on a card yet.
 
     Half precision: wgmma wants 64 rows a group of 4 warps. fp32 runs on the ordinary arithmetic units, which need a
-    register for every operand. busy, 0 or 1: whether each score costs registers beside: see `Masks.busy`.
+    register for every operand. busy, 0, 1 or 2: what each score costs beside: see `Masks.busy`.
     """
     heads, Sq, D, busy = shape
     kernel = kernel.rpartition("_")[2]
     block_d = max(64, head_block(D))
     if dtype.itemsize > 2:
-        config = _FP32[kernel, block_d][busy]
+        config = _FP32[kernel, block_d][min(busy, 1)]
     elif kernel == "fwd" and Sq <= 16:
         config = Config(16, 64 if block_d <= 128 else 32, 4, 2, 255)
     else:
@@ -282,14 +282,15 @@ class Masks:
         """Whether there is a mask that is the same for all queries."""
         return self.mask is not None and (self.mask.stride(2) == 0 or self.mask.shape[2] == 1)
 
-    def busy(self, dropout_p: float) -> bool:
-        """Whether each score costs registers beside: a mask of pairs, a packing's bounds, dropout."""
-        return self.of_pairs or bool(self.packed) or dropout_p > 0.0
+    def busy(self, dropout_p: float) -> int:
+        """What each score costs beside: 2 for a mask of pairs, which takes shared memory too, 1 for registers alone, of
+        a packing's bounds or dropout, or 0."""
+        return 2 if self.of_pairs else int(bool(self.packed) or dropout_p > 0.0)
 
     def config(self, kernel: str, q: torch.Tensor, dropout_p: float) -> Config:
         """The launch config of a kernel for q (B, Sq, H, D)."""
         B, Sq, H, D = q.shape
-        return pick_config(kernel, (B * H, Sq, D, int(self.busy(dropout_p))), q.dtype, _launch.card(q))
+        return pick_config(kernel, (B * H, Sq, D, self.busy(dropout_p)), q.dtype, _launch.card(q))
 
     def pointers(self, *, of_keys: bool) -> tuple[torch.Tensor | None, ...]:
         """lengths, mask, first and last as the kernels take them."""

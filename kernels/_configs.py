@@ -25,6 +25,7 @@ import functools
 import importlib
 import json
 import logging
+import math
 import os
 import pkgutil
 from collections.abc import Callable, Iterator
@@ -62,6 +63,9 @@ class Asked(NamedTuple):
     card: Card
 
 
+_MOST_VALUES = 2**20  # of a tensor of Triton's
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A kernel with launch configs.
@@ -93,6 +97,10 @@ class Kernel:
                 return f"{field.name} must be an integer from {limits[0]} to {limits[1]}, got {value!r}"
             if field.name.startswith(("block_", "num_warps")) and value & (value - 1):
                 return f"{field.name} must be a power of two, got {value}"
+        blocks = sorted(getattr(config, field.name) for field in fields(config) if field.name.startswith("block_"))
+        tile = math.prod(blocks[-2:])
+        if tile > _MOST_VALUES:
+            return f"the blocks of a tile may have {_MOST_VALUES} values, got {tile}"
         return self.check(self.name, shape, dtype, card, config)
 
     def candidates(self, shape: Shape, dtype: torch.dtype, card: Card) -> Iterator[Any]:
@@ -213,6 +221,9 @@ class Table:
     ignored: tuple[str, ...]
 
 
+_told: set[tuple[Path, Key]] = set()  # entries that a warning was about, of one shape of many
+
+
 def key_of(kernel: Kernel, shape: Shape, dtype: torch.dtype, card: Card) -> Key:
     """What an entry for this launch has to say."""
     return kernel.name, card.name, str(dtype).removeprefix("torch."), kernel.key_shape(shape)
@@ -228,7 +239,10 @@ def _look_up(all_tables: tuple[Table, ...], kernel: Kernel, shape: Shape, dtype:
         problem = kernel.problem(config, shape, dtype, card)
         if problem is None:
             return config
-        logger.warning("%s: the entry for %s %s is ignored for %s: %s", table.path, kernel.name, key[3], shape, problem)
+        if (table.path, key) not in _told:
+            _told.add((table.path, key))
+            message = "%s: the entry for %s %s is ignored for %s: %s"
+            logger.warning(message, table.path, kernel.name, key[3], shape, problem)
     return None
 
 

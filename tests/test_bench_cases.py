@@ -24,6 +24,7 @@ from fastconv.bench import (
     span_dynamic_conv_cases,
     span_kernel_logits_cases,
 )
+from fastconv.bench.case import ends, kept_share
 from fastconv.bench.cases import cases
 from fastconv.bench.layer_norm_cases import LayerNormCase
 from fastconv.bench.masked_attention_cases import MaskedAttentionCase
@@ -31,6 +32,7 @@ from fastconv.bench.masked_lm_loss_cases import MaskedLMLossCase
 from fastconv.bench.model_cases import ModelCase
 from fastconv.bench.op_case import OpCase
 from fastconv.bench.shapes import MODELS, Place
+from fastconv.tolerance import exact_convolutions
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 HALF, SINGLE = torch.bfloat16, torch.float32
@@ -299,9 +301,50 @@ def test_bench_layer_norm_targets():
 @pytest.mark.parametrize("direction", ["infer", "fwd", "bwd", "step"])
 def test_bench_parity_replays_dropout(direction):
     results = LayerNormCase(Place("", 2, 32), SINGLE, direction, 96, True).parity(CPU)
-    expected = {"y"} if direction == "infer" else {"y", "dx", "dweight", "dbias", "dx_bias", "dresidual"}
+    expected = {"y"} if direction == "infer" else {"kept", "y", "dx", "dweight", "dbias", "dx_bias", "dresidual"}
     assert set(results) == expected
     assert all(result.ok for result in results.values()), results
+
+
+@pytest.mark.parametrize("cases_of", [layer_norm_cases, embedding_norm_cases])
+def test_bench_a_kernel_that_writes_zeros_is_red(cases_of, monkeypatch):
+    # The mask is taken from the result: zeros would be what was dropped.
+    case = next(case for case in cases_of.quick(shapes.QUICK) if case.direction == "bwd" and case.dropout_p)
+    assert all(result.ok for result in case.parity(CPU).values())
+
+    def zeros(self, **tensors):
+        return sum(0 * t.sum() for t in tensors.values()) + torch.zeros(lead)
+
+    lead = case.op(**case.inputs(CPU)[0]).shape
+    monkeypatch.setattr(type(case), "op", zeros)
+    found = case.parity(CPU)
+    assert not found["kept"].ok and found["kept"].max_error == pytest.approx(0.9)
+
+
+def test_bench_kept_share():
+    drawn = torch.rand(2**16, generator=torch.Generator().manual_seed(0))
+    assert kept_share(drawn > 0.1, 0.1).ok and not kept_share(drawn > 0.11, 0.1).ok
+
+
+def test_bench_a_large_result_is_compared_within():
+    x = torch.arange(2**14 * 2.0).view(4, 2**12, 2)
+    rows = ends(x)[:, 0] / 2
+    assert rows[:1024].tolist() == list(range(1024)) and rows[-1024:].tolist() == list(range(2**14 - 1024, 2**14))
+    between = rows[1024:-1024]
+    assert 900 < len(between) <= 1024 and between[-1] > 2**14 - 1100
+    # Every place within a tile, and every large wrong piece.
+    assert len(set((between % 128).tolist())) == 128 and between.diff().max() < 32
+    for small in (x[0, :3072], x[0, 0], x.sum()):
+        assert ends(small) is small
+
+
+def test_exact_convolutions_are_those_of_the_context():
+    before = torch.backends.cudnn.allow_tf32
+    with exact_convolutions(CUDA):
+        assert not torch.backends.cudnn.allow_tf32
+    with exact_convolutions(CPU):
+        assert torch.backends.cudnn.allow_tf32 == before
+    assert torch.backends.cudnn.allow_tf32 == before
 
 
 # What is covered.

@@ -101,7 +101,9 @@ def test_bench_command_goes_on_with_what_there_is(bench, few, tmp_path, monkeypa
     second = measured(path)
     assert set(second) == set(first) | {few[2].name} and first.items() <= second.items()
     # Nothing is left to do; the table is there all the same.
-    code, out, err = bench("--json", path)
+    stored = path.read_bytes()
+    code, out, err = bench("--json", path, "--rounds", 2)
+    assert path.read_bytes() == stored  # with the date and the command of its figures
     assert (
         code == 0
         and err == ""
@@ -111,10 +113,12 @@ def test_bench_command_goes_on_with_what_there_is(bench, few, tmp_path, monkeypa
     bench("--json", path, "--again", "--filter", "step")
     third = measured(path)
     assert {name for name in third if third[name] != second[name]} == {few[1].name}
-    # Figures of other code are no longer there.
+    # Figures of other code stay, marked, until they are measured again.
     monkeypatch.setattr("fastconv.bench.provenance.code_state", lambda: "another")
     assert bench("--json", path, "--filter", "step")[0] == 0
-    assert set(measured(path)) == {few[1].name}
+    fourth = measured(path)
+    assert {name for name in fourth if fourth[name] != third[name]} == {few[1].name} and set(fourth) == set(third)
+    assert "infer 8x16*" in bench("--report", path)[1]
 
 
 def test_bench_command_interrupted(bench, few, tmp_path, monkeypatch):

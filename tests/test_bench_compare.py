@@ -171,6 +171,19 @@ def test_compare_tells_a_path_of_its_own_apart():
     assert found[base["case"], "fastconv"] == found[base["case"], "fastconv graphs"] == "same"
 
 
+def test_compare_tells_of_a_path_of_its_own_that_is_lost():
+    base = model_record("ConvBERT base", "infer", 32, 512, "text")
+    lost = copy.deepcopy(base)
+    for figures in (lost["seconds"], lost["ratios"], lost["tokens_per_s"]):
+        del figures["fastconv graphs"]
+    found = compare.compare(results(base), results(lost))
+    (finding,) = (finding for finding in found.findings if finding.label == "fastconv graphs")
+    assert (finding.verdict, finding.by) == ("not judged", "not in the second") and not found.regressions
+    found = compare.compare(results(base), results({**lost, "broken": {"fastconv graphs": "RuntimeError: no"}}))
+    (finding,) = found.regressions
+    assert (finding.label, finding.verdict, finding.by) == ("fastconv graphs", "wrong", "failed: RuntimeError: no")
+
+
 def test_compare_memory():
     base = record()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from unittest import mock
 
@@ -189,6 +190,48 @@ def test_encoder_layer_checkpointed(device, reentrant, taken):
     assert taken.call_count == 3
     with torch.no_grad():
         assert not torch.equal(call(layer, x), expected["y"])
+
+
+def test_encoder_layer_checkpointed_with_a_mask_that_gets_a_gradient(device, taken):
+    layer, x = fast_layer(device, **DROPOUT)
+    mask = torch.zeros(2, 1, 1, 5, device=device).requires_grad_()
+
+    def found(function) -> dict[str, torch.Tensor]:
+        x.grad = mask.grad = None
+        torch.manual_seed(7)
+        y = function(layer, x, mask)
+        y.sin().sum().backward()
+        return {"y": y.detach(), "x": x.grad, "mask": mask.grad}
+
+    assert_identical(found(functools.partial(checkpoint, call, use_reentrant=True)), found(call))
+    assert taken.call_count == 0
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_encoder_layer_output_may_be_written_into(device, training, taken):
+    layer, x = fast_layer(device, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    layer.train(training)
+    expected = torch.autograd.grad((call(layer, x) + 1).sin().sum(), x)[0]
+    y = call(layer, x)
+    y.add_(1)
+    assert torch.equal(torch.autograd.grad(y.sin().sum(), x)[0], expected)
+    assert taken.call_count == 2
+
+
+def test_encoder_layer_saves_nothing_for_frozen_weights(device, taken):
+    def saved(layer: nn.Module, x: torch.Tensor) -> int:
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            call(layer, x)
+        return sum(sizes)
+
+    layer, x = fast_layer(device, family="ConvBert")
+    every = saved(layer, x)
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(not name.endswith("weight"))
+    inner = layer.intermediate.dense.out_features
+    # What goes into the feed-forward network's two products and into those of the convolutions.
+    assert every - saved(layer, x) == 10 * (16 + inner + 16 + 8)
 
 
 def test_encoder_layer_backward_twice(device):

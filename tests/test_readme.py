@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastconv.bench import readme
+from fastconv.bench import readme, results
 from fastconv.parity.results import Verification
 
 PAGE = readme.README.read_text(encoding="utf-8")
@@ -40,6 +40,13 @@ def test_readme_a_changed_figure_is_told(name, capsys, monkeypatch, tmp_path):
 def test_readme_a_lost_block_is_told():
     name = next(iter(readme.BLOCKS))
     assert list(readme.differences(PAGE.replace(f"<!-- figures: {name} -->", ""))) == [name]
+
+
+def test_readme_plots_are_of_the_results():
+    image = pytest.importorskip("PIL.Image", reason="reads PNGs by Pillow, which matplotlib brings")
+    for path, found in readme._measured():
+        pictures = list(path.with_suffix("").glob("*.png"))
+        assert pictures and {image.open(each).text["Source"] for each in pictures} == {results.digest(found)}
 
 
 def test_readme_links_to_files_that_exist():

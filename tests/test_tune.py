@@ -161,6 +161,7 @@ def test_what_a_kernel_can_not_do_is_no_candidate():
     for kernel, change, why in (
         ("layer_norm_fwd", {"block_c": 512}, "1 parts of block_c must be 1024 channels, got 1 of 512"),
         ("layer_norm_fwd", {"block_t": 3}, "block_t must be a power of two, got 3"),
+        ("layer_norm_fwd", {"block_t": 2048}, "the blocks of a tile may have 1048576 values, got 2097152"),
         ("layer_norm_fwd", {"num_warps": 64}, "num_warps must be an integer from 1 to 32, got 64"),
         ("layer_norm_fwd", {"registers": 80.0}, "registers must be an integer from 16 to 255, got 80.0"),
         ("grouped_linear_fwd", {"block_k": 8}, "blocks of products must be at least 16, got (128, 128, 8)"),

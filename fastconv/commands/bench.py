@@ -167,7 +167,7 @@ def _session(args: argparse.Namespace, device: torch.device, cases: list[Case], 
 
     origin = provenance(device, command)
     path = _files(args).get("json")
-    found = results.resume(path, origin, keep_old=False) if path is not None else results.new(origin)
+    found = results.resume(path, origin) if path is not None else results.new(origin)
     return Session(found, cases, again=args.again)
 
 
@@ -179,6 +179,12 @@ def _measure(args: argparse.Namespace, device: torch.device, session: Session) -
     known = len(session.chosen) - len(session.todo)
     if known:
         print(f"{known} of {len(session.chosen)} cases are in {str(path)!r}, of this code (--again measures once more)")
+    if path is not None and not session.todo:
+        # With the date, the command and the roofs of what was measured.
+        found = results.load(path)
+        table.show(found, session.names)
+        _write(args, found)
+        return 0
 
     def save() -> None:
         if path is not None:

@@ -72,8 +72,8 @@ class Parameters(NamedTuple):
 
 _NUMBER = len(Parameters._fields)
 _CONVOLUTIONS = Parameters._fields.index("depthwise")
-# What no backward looks at.
-_ADDED = dict.fromkeys(("attended_bias", "first_bias", "outer_bias", "last_bias", "span_bias", "kernel_bias"))
+# What no backward looks at: biases that are added and nothing else.
+_UNSAVED = dict.fromkeys(("attended_bias", "first_bias", "outer_bias", "last_bias", "span_bias", "kernel_bias"))
 
 
 class _Saved(NamedTuple):
@@ -96,6 +96,10 @@ class _Saved(NamedTuple):
     gated: Any = None
     logits: Any = None
     conv_stats: Any = None
+
+
+# What is saved as the input of a product, for the gradient of the product's weight alone.
+_INPUTS = {"h": "inner_weight", "inner": "outer_weight", "spread": "pointwise", "gated": "kernel_weight"}
 
 
 def fit(x: torch.Tensor, layer: Layer, projections: list[torch.Tensor], parameters: Parameters) -> bool:
@@ -146,13 +150,16 @@ def encoder_layer(
     if any(layer.dropouts):
         # All in one launch; each at a multiple of 16 bytes, as a seed by itself is.
         seeds = torch.randint(2**63 - 1, (3, 2), device=x.device)
+    # The function gives no view: nothing may be written into one, and a layer's output anybody may write into.
     if needs_grad(x, *projections, *parameters):
-        return _EncoderLayer.apply(x, mask, seeds, layer, packed, *projections, *parameters)
-    return _forward(x, mask, seeds, layer, packed, parameters, False)[0]
+        y = _EncoderLayer.apply(x, mask, seeds, layer, packed, *projections, *parameters)
+    else:
+        y, _ = _forward(x, mask, seeds, layer, packed, parameters, False)
+    return y.view(x.shape)
 
 
 def _forward(x, mask, seeds, layer, packed, parameters, save) -> tuple[torch.Tensor, Any]:
-    """The layer's output and what is saved for a backward, complete with `save` only."""
+    """The layer's output (T, C), and what is saved for a backward, complete with `save` only."""
     p, rows, (before, after) = parameters, x.reshape(-1, x.shape[-1]), _around(layer)
     of_attention, *of_norms = (None,) * 3 if seeds is None else seeds[:, 0]
     mixed = F.linear(rows, *packed)
@@ -196,7 +203,7 @@ def _forward(x, mask, seeds, layer, packed, parameters, save) -> tuple[torch.Ten
     else:
         inner, pre = grouped_linear_fwd(h, p.inner_weight, p.inner_bias, layer.activation, save)
     y, *of_last = norm(1, _product(inner, p.outer_weight), p.outer_bias, h, p.last_weight, p.last_bias)
-    return y.view(x.shape), _Saved(*(mixed, context, stats, h, *of_first, pre, inner, *of_last, *convolution))
+    return y, _Saved(*(mixed, context, stats, h, *of_first, pre, inner, *of_last, *convolution))
 
 
 class _EncoderLayer(torch.autograd.Function):
@@ -204,10 +211,12 @@ class _EncoderLayer(torch.autograd.Function):
     def forward(ctx, x, mask, seeds, layer, packed, *tensors):
         projections, parameters = tensors[:-_NUMBER], Parameters(*tensors[-_NUMBER:])
         y, saved = _forward(x, mask, seeds, layer, packed, parameters, True)
+        need = Parameters(*ctx.needs_input_grad[-_NUMBER:])
+        saved = saved._replace(**{name: None for name, weight in _INPUTS.items() if not getattr(need, weight)})
         # The projections' weights too, so that a write to one before the backward, which changes the packed memory, is
         # an error.
         weights = projections[: len(projections) // 2]
-        ctx.save_for_backward(x, mask, seeds, *parameters._replace(**_ADDED), *saved, *weights)
+        ctx.save_for_backward(x, mask, seeds, *parameters._replace(**_UNSAVED), *saved, *weights)
         ctx.layer, ctx.weight = layer, packed[0]
         return y
 

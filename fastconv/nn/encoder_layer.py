@@ -89,7 +89,8 @@ class EncoderLayer(StandIn):
         tensors = [*projections, *(parameters if mixed else parameters[: -len(parameters._field_defaults)])]
         if not (needs_grad(x, *tensors) or any(layer.dropouts)) or not fit(x, layer, projections, parameters):
             return None
-        if not use_kernels(x, call.mask, *tensors) or needs_grad(call.mask):
+        # Of a mask that gets a gradient the modules know, in the first run of a checkpoint too, which has none.
+        if not use_kernels(x, call.mask, *tensors) or (call.mask is not None and call.mask.requires_grad):
             return None
         packed = packed_parameters(layers)
         if not packed:

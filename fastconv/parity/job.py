@@ -5,10 +5,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,7 +21,7 @@ from fastconv.parity.results import Row, Verification
 from fastconv.parity.subjects import Subject
 from fastconv.parity.text import default_sentences, sentences
 from fastconv.reference.config import check_int
-from fastconv.tolerance import Comparison, compare
+from fastconv.tolerance import Comparison, compare, exact_convolutions
 
 # Called with what is done next, the steps done and the steps in all. The latter grows while more becomes known.
 Progress = Callable[[str, int, int], None]
@@ -189,7 +188,7 @@ class Job:
     ) -> list[Comparison]:
         found: list[Comparison] = []
         own: dict[bool, Tensor] = {}
-        with _exact_convolutions(self.device):
+        with exact_convolutions(self.device):
             for path in built:
                 steps(f"comparing with fp64: {path.name}")
                 if not own:  # the first path is the reference
@@ -271,17 +270,3 @@ def _batches(
 def _run_all(model: nn.Module, inputs: Sequence[Inputs]) -> None:
     for each in inputs:
         model(**each)
-
-
-@contextlib.contextmanager
-def _exact_convolutions(device: torch.device) -> Iterator[None]:
-    # cuDNN convolves fp32 in TF32 unless told otherwise: the reference's own error would then allow any other path a
-    # hundred times that of fp32.
-    before = torch.backends.cudnn.allow_tf32
-    if device.type == "cuda":
-        torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        if device.type == "cuda":
-            torch.backends.cudnn.allow_tf32 = before
