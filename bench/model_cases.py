@@ -249,9 +249,10 @@ def _parity(
             y = _flat(main_outputs(model, given, tokens_only=True))
             outputs = outputs_alone if alone else functools.partial(main_outputs, tokens_only=True)
             found[f"{label} y"] = compare(y, *(_flat(outputs(m, given)) for m in (own, truth)), rounding=rounding)
-        if case.direction == "step" and not alone:
-            gradients = [_gradients(each, inputs) for each in (model, own, truth)]
-            found[f"{label} gradients"] = compare(*gradients, rounding=rounding)
+        if case.direction == "step":
+            gradients = _gradients_alone if alone else _gradients
+            expected = (gradients(each, inputs) for each in (own, truth))
+            found[f"{label} gradients"] = compare(_gradients(model, inputs), *expected, rounding=rounding)
     return found
 
 
@@ -366,6 +367,16 @@ def _gradients(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Te
     """Of the loss with respect to every parameter, as one row, without dropout."""
     model.zero_grad(set_to_none=True)
     model(**inputs).loss.backward()
+    return _flat([p.grad for p in model.parameters() if p.grad is not None])
+
+
+def _gradients_alone(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The same where each sequence is run by itself; the batch's loss is the mean over its labels."""
+    model.zero_grad(set_to_none=True)
+    labelled = [(labels >= 0).sum() for labels in inputs["labels"]]
+    for row, length in enumerate(inputs["attention_mask"].sum(-1).tolist()):
+        alone = {k: t[row : row + 1, :length] if t.dim() > 1 else t[row : row + 1] for k, t in inputs.items()}
+        (model(**alone).loss * labelled[row] / sum(labelled)).backward()
     return _flat([p.grad for p in model.parameters() if p.grad is not None])
 
 

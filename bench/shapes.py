@@ -177,13 +177,15 @@ def _on_gpu() -> list[Point]:
 
 
 def _on_cpu() -> list[Point]:
-    # Every op in every direction at one place, whole models that take about a second a call, then the map by batch and
-    # length, and what else there is of one kind: a dtype, real text, another size.
+    # Every op in every direction at one place, whole models that take seconds a call, then the map by batch and length,
+    # and what else there is of one kind: a dtype, real text, another size.
     medium, infer = "ConvBERT medium-small", ("infer",)
     of_convolutions = ("separable_conv", "span_kernel_logits", "span_dynamic_conv")
     found = [
         Point(Place(_BASE, 8, 512, compiled=True), _SINGLE, _EVERY),
         Point(Place(_BASE, 1, 128, compiled=True), _SINGLE, infer, model=True),
+        Point(Place(_BASE, 8, 512), _SINGLE, infer, model=True, ops=()),
+        Point(Place(_BASE, 8, 128), _SINGLE, ("step",), model=True, ops=()),
         Point(Place(medium, 8, 128), _SINGLE, model=True),
         Point(Place(medium, 8, 128, "text"), _SINGLE, infer, model=True, ops=()),
         Point(Place(_BASE, 8, 128, "text"), _SINGLE, infer, model=True, ops=()),
@@ -193,7 +195,7 @@ def _on_cpu() -> list[Point]:
         ),
     ]
     found.append(Point(Place(_BASE, 1, 32), _SINGLE, infer, model=True))
-    found += [Point(Place(_BASE, *size), _SINGLE, infer) for size in ((8, 32), (8, 128), (1, 512))]
+    found += [Point(Place(_BASE, *size), _SINGLE, infer, model=True) for size in ((8, 32), (8, 128), (1, 512))]
     found.append(Point(Place("BERT base", 8, 32, "text"), _SINGLE, infer, model=True, ops=()))
     rest = ("ConvBERT small", "RoCBert base")
     found += [Point(Place(model, 1, 128), _SINGLE, infer, model=True, ops=()) for model in rest]

