@@ -162,7 +162,6 @@ def _figures(
     if device.type == "cpu" and dtype in roofs.matmul:
         runs[_PRODUCT] = product(_SIZE, case.dtype, device)
     if _is_op(case):
-        # Last: after the product the caches hold nothing of the case, and fastconv comes first.
         runs["copy"] = _copy(case.bytes(), device)
     # Each has run once. torch.compile's mode for latency records at its second call.
     # Of a model eager latency is meant, with what Python takes where it is slower than the GPU.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -34,6 +35,7 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of every run in every round, after `warmup` calls of each, at least one.
 
+    On a CPU in another order in each round: who comes after a rival finds in the caches what that has read.
     On a GPU: CUDA events around one call, with the L2 cache flushed before it. The flush also keeps the card busy
     while Python queues the call: of a call that is queued by then the launches' cost on the CPU doesn't count.
 
@@ -50,10 +52,12 @@ def interleaved(
     rounds = enough(last, device) if rounds is None else rounds
     times: dict[str, list[float]] = {label: [] for label in runs}
     if device.type != "cuda":
+        draw, labels = random.Random(0), list(runs)
         for _ in range(rounds):
-            for label, run in runs.items():
+            draw.shuffle(labels)
+            for label in labels:
                 start = time.perf_counter()
-                run()
+                runs[label]()
                 times[label].append(time.perf_counter() - start)
         return times
 
