@@ -6,6 +6,7 @@ import copy
 import json
 import random
 import statistics
+import time
 
 import pytest
 import torch
@@ -67,15 +68,14 @@ def test_compare_catches_a_slow_kernel_and_no_noise(measured):
     right = layer_norm_cases.layer_norm
 
     def slowly(*args, **kwargs):
-        # Several times its work: on a machine as busy as one that runs tests, twice is not beyond the spread.
-        for _ in range(7):
-            right(*args, **kwargs)
+        # By far: on a machine as busy as one that runs tests, several times the work may be within the spread.
+        time.sleep(0.02)
         return right(*args, **kwargs)
 
     first, again, slow = measured(), measured(), measured(slowly)
     assert compare.compare(first, again).regressions == []
     (finding,) = compare.compare(first, slow).regressions
-    assert finding.verdict == "slower" and 0.4 < finding.change < 20
+    assert finding.verdict == "slower" and finding.change > 0.4
     assert "torch" in finding.by and "copy" in finding.by
     assert only(compare.compare(slow, first)).verdict == "faster"
 
