@@ -59,6 +59,8 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def poisoned(*args, **kwargs):
         made = empty(*args, **kwargs)
-        return made.fill_(float("nan")) if made.is_floating_point() else made
+        if made.is_floating_point():
+            made.detach().fill_(float("nan"))
+        return made
 
     monkeypatch.setattr(torch, "empty", poisoned)

@@ -35,10 +35,16 @@ def plain(tensor: torch.Tensor) -> bool:
     return type(tensor) in _PLAIN
 
 
+@torch.compiler.assume_constant_result
+def _has_autocast(device_type: str) -> bool:
+    # A function of its own: torch 2.11 breaks the graph where it is asked.
+    return torch.amp.is_autocast_available(device_type)
+
+
 def autocasting(x: torch.Tensor) -> bool:
     """Whether autocast applies to x now. Not every device knows of it (meta)."""
     device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return _has_autocast(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
 
 
 def autocast(t: torch.Tensor) -> torch.Tensor:
