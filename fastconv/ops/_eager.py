@@ -17,17 +17,14 @@ def unobserved() -> bool:
     return (
         not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch.autograd.forward_ad._current_level < 0
+        and not transformed()
         and torch._C._len_torch_dispatch_stack() == 0
     )
 
 
 def transformed() -> bool:
     """Whether torch.func or forward-mode AD follows the calls of this thread, for which kernels have no rules."""
-    # Not `is None`: of that Dynamo says in a trace, without a look at it, that it is false.
-    plain_calls = torch._C._functorch.peek_interpreter_stack() == None  # noqa: E711
-    return not plain_calls or torch.autograd.forward_ad._current_level >= 0
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def plain(tensor: torch.Tensor) -> bool:
