@@ -161,7 +161,8 @@ class PaddingFree:
         return mask
 
     def _packing_of_mask(self, mask: torch.Tensor) -> Packing | str:
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        # Not is_exporting(), of which torch 2.11 says in every trace that it is true.
+        if torch.compiler._is_exporting_flag or torch.jit.is_tracing():
             raise RuntimeError(
                 "how many tokens a mask leaves is data, which no exported or traced program holds: export a model "
                 'accelerated with padding="keep"'
