@@ -14,7 +14,7 @@ import fastconv
 from fastconv import dispatch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "matplotlib", "tqdm")
+_PACKAGES = ("triton", "transformers", "tokenizers", "safetensors", "matplotlib")
 
 
 def version(package: str) -> str | None:
@@ -30,6 +30,7 @@ def versions() -> dict[str, str | None]:
     return {
         "fastconv": fastconv.__version__,
         "python": platform.python_version(),
+        "torch": str(torch.__version__),  # its wheel's name doesn't always tell the build
         **{package: version(package) for package in _PACKAGES},
         "cuda": torch.version.cuda or torch.version.hip,
     }
