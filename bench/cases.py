@@ -43,8 +43,13 @@ def cases(device: torch.device, *, quick: bool = False) -> list[Case]:
         return [case for module in (*_OPS, model_cases) for case in module.quick(shapes.QUICK)]
     found: dict[str, Case] = {}
     for point in shapes.plan(device):
-        made = [case for module in _OPS for case in module.at(point)]
-        wanted = [case for case in made if point.ops is None or case.subject.op in point.ops]
-        for case in [*wanted, *(model_cases.at(point) if point.model else [])]:
+        for case in at(point):
             found.setdefault(case.name, case)
     return list(found.values())
+
+
+def at(point: shapes.Point) -> list[Case]:
+    """What is measured at one place: of the ops, and of the model."""
+    of_ops = [case for module in _OPS for case in module.at(point)]
+    wanted = [case for case in of_ops if point.ops is None or case.subject.op in point.ops]
+    return [*wanted, *(model_cases.at(point) if point.model else [])]

@@ -4,45 +4,25 @@ What counts differs by device. On a CPU, which others use as well, the times of 
 rival in the same rounds does: fastconv is slower where more than half of the rivals that both runs have say so, the
 copy among them, and none says the opposite. On a GPU its time has to say so too. To say so is to have changed by more
 than the threshold, with quartiles that don't overlap. Between versions of torch, triton or transformers the rivals are
-others, and only the copy counts. Peak memory has no spread: more than the threshold is more.
+others, and only the copy counts. On a GPU replays of CUDA graphs and what a call costs the CPU are judged in the same
+way, and a call that can't be captured any more is wrong. Peak memory has no spread: more than the threshold is more.
 """
 
 from __future__ import annotations
 
-import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastconv.bench.records import ROOFS, is_own, origin, peaks
+from fastconv.bench.compare_case import VERDICTS, Finding, Pair
+from fastconv.bench.records import origin
 from fastconv.bench.results import Record, Results
 from fastconv.parity.table import aligned
 
 THRESHOLD = 0.05
 _VERSIONS = ("torch", "triton", "transformers")  # what rivals are made of
-_SHAPE = ("kind", "op", "direction", "model", "batch", "length", "tokens", "lengths", "dtype")
-_PAGE = 4096  # bytes: less is no growth of a peak, but a scalar or two
-_ORDER = ("slower", "more memory", "wrong", "not judged", "faster", "less memory", "right again", "same")
 _BAD = ("slower", "more memory", "wrong")
-
-Spread = Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What became of one case under one of fastconv's labels.
-
-    verdict: one of _ORDER
-    change: of its time or peak, 0.1 for 10 % more; None where nothing was judged
-    by: what was judged by, or why nothing was
-    """
-
-    case: str
-    label: str
-    verdict: str
-    change: float | None
-    by: str
 
 
 @dataclass(frozen=True)
@@ -90,12 +70,16 @@ def compare(a: Results, b: Results, *, threshold: float = THRESHOLD) -> Comparis
         raise ValueError(
             f"the results have no case in common: {_kinds(records_a)} in the first, {_kinds(records_b)} in the second"
         )
-    findings = [found for case in common for found in _case(records_a[case], records_b[case], a, b, threshold)]
+    findings: list[Finding] = []
+    for case in common:
+        pair = records_a[case], records_b[case]
+        judged = Pair(*pair, bool(_differing(*pair, a, b)), a.get("capability") is not None, threshold)
+        findings += judged.findings()
     return Comparison(
         origin(a),
         origin(b),
         threshold,
-        sorted(findings, key=lambda f: (_ORDER.index(f.verdict), -abs(f.change or 0))),
+        sorted(findings, key=lambda f: (VERDICTS.index(f.verdict), -abs(f.change or 0))),
         _warnings([(records_a[case], records_b[case]) for case in common], a, b),
         [case for case in records_b if case not in records_a],
         [case for case in records_a if case not in records_b],
@@ -133,110 +117,6 @@ def _warnings(pairs: list[tuple[Record, Record]], a: Results, b: Results) -> lis
     return found
 
 
-def _case(record_a: Record, record_b: Record, a: Results, b: Results, threshold: float) -> Iterator[Finding]:
-    case = record_b["case"]
-    if "red" in record_b:
-        why = "; ".join(f"{output}: {reason}" for output, reason in record_b["red"].items())
-        verdict = "not judged" if "red" in record_a else "wrong"
-        yield Finding(case, "fastconv", verdict, None, f"{'wrong in both, ' if 'red' in record_a else ''}{why}")
-        return
-    if "red" in record_a:
-        yield Finding(case, "fastconv", "right again", None, "wrong in the first")
-        return
-    changed = [key for key in _SHAPE if record_a.get(key) != record_b.get(key)]
-    if changed:
-        what = ", ".join(f"{key} {record_a.get(key)} and {record_b.get(key)}" for key in changed)
-        yield Finding(case, "fastconv", "not judged", None, f"the case is another: {what}")
-        return
-    for label in record_a["seconds"]:
-        if not is_own(label):
-            continue
-        if label not in record_b["seconds"]:
-            why = record_b.get("broken", {}).get(label)
-            verdict = "not judged" if why is None else "wrong"
-            yield Finding(case, label, verdict, None, "not in the second" if why is None else f"failed: {why}")
-        else:
-            yield _time(label, record_a, record_b, a, b, threshold)
-            yield from _memory(label, record_a, record_b, threshold)
-
-
-def _time(label: str, record_a: Record, record_b: Record, a: Results, b: Results, threshold: float) -> Finding:
-    case, gpu = record_b["case"], a.get("capability") is not None
-    others_changed = bool(_differing(record_a, record_b, a, b))
-    changes, verdicts = {}, {}
-    for rival in record_b["seconds"]:
-        if is_own(rival) or (others_changed and rival not in ROOFS):
-            continue
-        if rival in ROOFS and any(record_a.get(key) != record_b.get(key) for key in ("bytes", "flops")):
-            continue  # it does another work
-        ratios = _ratio(record_a, label, rival), _ratio(record_b, label, rival)
-        if ratios[0] is not None and ratios[1] is not None:
-            # A rival's time over fastconv's: less of it is slower.
-            changes[rival] = ratios[0]["median"] / ratios[1]["median"] - 1
-            verdicts[rival] = _verdict(ratios[1], ratios[0], threshold)
-    by = ", ".join(f"{rival} {100 * change:+.0f} %" for rival, change in changes.items())
-    if not gpu:
-        if not changes:
-            why = (
-                "neither a copy nor a product to judge by, and other versions"
-                if others_changed
-                else "no rival is in both"
-            )
-            return Finding(case, label, "not judged", None, f"{why}; times of two runs on a CPU say nothing")
-        change = statistics.median(changes.values())
-        return Finding(case, label, _majority(list(verdicts.values())), change, f"against {by}")
-    times = record_a["seconds"][label], record_b["seconds"][label]
-    verdict = _verdict(*times, threshold)
-    change = times[1]["median"] / times[0]["median"] - 1
-    if changes and _majority(list(verdicts.values())) != verdict:
-        verdict = "same"  # the card is slower, or the rivals are
-    return Finding(case, label, verdict, change, f"time, and against {by}" if by else "time alone, no rival is in both")
-
-
-def _ratio(record: Record, label: str, rival: str) -> Spread | None:
-    """The rival's time over that of fastconv under a label."""
-    over = record["ratios"].get(rival)
-    if label == "fastconv" or over is None:
-        return over
-    own = record["ratios"].get(label)  # its time over that of plain fastconv
-    if own is None:
-        return None
-    # Of both spreads the widest that there can be: the rounds themselves aren't stored.
-    return {
-        "median": over["median"] / own["median"],
-        "low": over["low"] / own["high"],
-        "high": over["high"] / own["low"],
-    }
-
-
-def _verdict(before: Spread, after: Spread, threshold: float) -> str:
-    """Of a quantity that is better when it is less."""
-    if after["median"] > before["median"] * (1 + threshold) and after["low"] > before["high"]:
-        return "slower"
-    if before["median"] > after["median"] * (1 + threshold) and before["low"] > after["high"]:
-        return "faster"
-    return "same"
-
-
-def _majority(verdicts: list[str]) -> str:
-    for verdict, opposite in (("slower", "faster"), ("faster", "slower")):
-        if 2 * verdicts.count(verdict) > len(verdicts) and opposite not in verdicts:
-            return verdict
-    return "same"
-
-
-def _memory(label: str, record_a: Record, record_b: Record, threshold: float) -> Iterator[Finding]:
-    before, after = (peaks(record).get(label) for record in (record_a, record_b))
-    if before is None or after is None or abs(after - before) <= _PAGE:
-        return
-    if max(before, after) > min(before, after) * (1 + threshold):
-        verdict = "more memory" if after > before else "less memory"
-        change = after / before - 1 if before else None
-        yield Finding(
-            record_b["case"], label, verdict, change, f"peak {before / 1e6:.3g} MB, then {after / 1e6:.3g} MB"
-        )
-
-
 def show(found: Comparison) -> None:
     """Print what changed, by rich on a terminal if it is installed, and the rest in numbers."""
     print(f"first:  {found.a}\nsecond: {found.b}")
@@ -257,7 +137,7 @@ def show(found: Comparison) -> None:
     for what, cases in (("new", found.new), ("gone", found.gone), ("red in the second", found.red)):
         if cases:
             print(f"{what}: {len(cases)} cases\n" + "\n".join(f"  {case}" for case in cases))
-    counts = {verdict: sum(f.verdict == verdict for f in found.findings) for verdict in _ORDER}
+    counts = {verdict: sum(f.verdict == verdict for f in found.findings) for verdict in VERDICTS}
     print(", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count), end="")
     print(f" (threshold {100 * found.threshold:g} %)")
 

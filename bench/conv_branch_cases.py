@@ -11,24 +11,26 @@ import torch.nn.functional as F
 
 from fastconv.bench import shapes
 from fastconv.bench.case import BenchCase, Op, Tensors
-from fastconv.bench.op_case import OpCase
+from fastconv.bench.op_case import ConvolutionCase
 from fastconv.bench.shapes import Place, Point
 from fastconv.bench.span_dynamic_conv_cases import hf_span_dynamic_conv
 from fastconv.ops import span_dynamic_conv, span_kernel_logits
 from fastconv.reference import ConvBertConfig
-from fastconv.reference.ops import separable_conv as reference_separable_conv
 from fastconv.reference.ops import span_dynamic_conv as reference_span_dynamic_conv
+from fastconv.reference.ops import span_kernel_logits as reference_span_kernel_logits
 
 
 @dataclass(frozen=True)
-class ConvBranchCase(OpCase):
-    """The branch on hidden states (batch, length, 2 * heads * size), its query and the value to convolve given."""
+class ConvBranchCase(ConvolutionCase):
+    """The branch on hidden states (batch, length, 2 * heads * size), its query and the value to convolve given; of
+    text, without its padding."""
 
     heads: int
     size: int
     taps: int = 9
 
     title = "conv_branch"
+    of_tokens = ("hidden", "query", "value")
     roundings = 3
     whole = True
 
@@ -38,7 +40,7 @@ class ConvBranchCase(OpCase):
 
     @property
     def targets(self) -> dict[str, float]:
-        if self.place.tokens < 4096:
+        if self.place.tokens < 4096 or self.place.lengths != "full":
             return {}
         forward, step = (3.5, 2.8) if self.dtype == torch.float32 else (2.0, 2.5)
         if self.direction == "infer":
@@ -91,35 +93,36 @@ class ConvBranchCase(OpCase):
             "kernel_bias": normal(logits),
         }
 
-    def op(self, **t: Any) -> torch.Tensor:
+    def op(self, **tensors: Any) -> torch.Tensor:
+        return self._branch(span_kernel_logits, span_dynamic_conv, tensors)
+
+    def reference(self, **tensors: Any) -> torch.Tensor:
+        return self._branch(reference_span_kernel_logits, reference_span_dynamic_conv, tensors)
+
+    def _branch(self, kernel_logits: Op, convolution: Op, t: Tensors) -> torch.Tensor:
+        packing = self.place.packing(t["value"].device)
         separable = t["depthwise"], t["pointwise"], t["bias"]
-        logits = span_kernel_logits(t["hidden"], *separable, t["query"], t["weight"], t["kernel_bias"])
-        return span_dynamic_conv(t["value"], logits, self.taps)
+        logits = kernel_logits(t["hidden"], *separable, t["query"], t["weight"], t["kernel_bias"], packing=packing)
+        return convolution(t["value"], logits, self.taps, packing=packing)
 
-    def reference(self, **t: Any) -> torch.Tensor:
-        span = reference_separable_conv(t["hidden"], t["depthwise"], t["pointwise"], t["bias"], gate=t["query"])
-        return reference_span_dynamic_conv(t["value"], F.linear(span, t["weight"], t["kernel_bias"]), self.taps)
-
-    def rivals(self, device: torch.device) -> dict[str, Op]:
-        def unfolded(hidden, query, value, depthwise, pointwise, bias, weight, kernel_bias):
-            # As ConvBertSelfAttention of transformers computes it.
-            x = F.conv1d(hidden.transpose(1, 2), depthwise, padding=self.taps // 2, groups=depthwise.shape[0])
-            key = (F.conv1d(x, pointwise) + bias).transpose(1, 2)
-            return hf_span_dynamic_conv(value, F.linear(key * query, weight, kernel_bias), self.taps)
-
-        return {"HF": unfolded}
+    def hf(self, **t: Any) -> torch.Tensor:
+        groups = t["depthwise"].shape[0]
+        x = F.conv1d(t["hidden"].transpose(1, 2), t["depthwise"], padding=self.taps // 2, groups=groups)
+        key = (F.conv1d(x, t["pointwise"]) + t["bias"]).transpose(1, 2)
+        return hf_span_dynamic_conv(t["value"], F.linear(key * t["query"], t["weight"], t["kernel_bias"]), self.taps)
 
 
 def at(point: Point) -> list[BenchCase]:
-    """ConvBERT's, forward and both passes: its halves are those of its ops."""
-    config, place = shapes.config(point.place.model), point.place
-    if not isinstance(config, ConvBertConfig) or place.lengths != "full":
+    """ConvBERT's."""
+    config = shapes.config(point.place.model)
+    if not isinstance(config, ConvBertConfig):
         return []
     sizes = config.attention_heads, config.attention_head_size, config.conv_kernel_size
-    ways = [way for way in point.directions if way in ("infer", "step")]
-    return [ConvBranchCase(place, point.dtype, way, *sizes) for way in ways]
+    return [ConvBranchCase(point.place, point.dtype, way, *sizes) for way in point.directions]
 
 
 def quick(places: list[Place]) -> list[BenchCase]:
     """Tiny ones."""
-    return [ConvBranchCase(places[0], torch.float32, way, 2, 8) for way in ("infer", "step")]
+    full, text = places
+    kinds = [(full, "infer"), (full, "fwd"), (text, "infer"), (text, "bwd")]
+    return [ConvBranchCase(place, torch.float32, way, 2, 8) for place, way in kinds]

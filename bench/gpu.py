@@ -32,7 +32,7 @@ from fastconv.bench import passed_tests, table
 from fastconv.bench.cases import cases
 from fastconv.bench.progress import Progress
 from fastconv.bench.provenance import code_state, hash_of, provenance
-from fastconv.bench.results import ResultsError, new, resume, save
+from fastconv.bench.results import ResultsError, load, new, resume, save
 from fastconv.bench.session import Session
 
 RESULTS = ROOT / "bench" / "results"
@@ -120,6 +120,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{error}: nothing was run", file=sys.stderr)
         return 2
     session = Session(results, cases(device, quick=args.dry_run))
+    if not session.todo:
+        results = load(path)  # with the date, the command and the roofs of what was measured
 
     def minutes_left() -> float | None:
         return None if args.minutes is None else args.minutes - (time.monotonic() - start) / 60
@@ -153,11 +155,11 @@ def main(argv: list[str] | None = None) -> int:
 def _test(results: dict, paths: list[str], done: Path, minutes: float | None, *, share: float) -> None:
     """Run the tests, unless they have passed with this code, and note in the results what came out."""
     state = tests_state()
-    if not paths:
-        results["tests"] = "not run"
-        return
     if results.get("tests_code") == state and results["tests"].startswith("passed"):
         print(f"tests {results['tests']}, with this code, in a run before")
+        return
+    if not paths:
+        results["tests"] = "not run"
         return
     # Beside tests that were done with other code none counts.
     if results.get("tests_code") != state:

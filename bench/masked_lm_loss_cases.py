@@ -133,10 +133,9 @@ def at(point: Point) -> list[BenchCase]:
     """On what the model's embeddings have channels: what comes before is another layer."""
     config = shapes.config(point.place.model)
     sizes = shapes.embedding_size(config), config.vocab_size
-    ways = [way for way in point.directions if way in ("infer", "step")]
-    return [MaskedLMLossCase(point.place, point.dtype, way, *sizes) for way in ways]
+    return [MaskedLMLossCase(point.place, point.dtype, way, *sizes) for way in point.directions]
 
 
 def quick(places: list[Place]) -> list[BenchCase]:
     """Tiny ones."""
-    return [MaskedLMLossCase(places[0], torch.float32, way, 32, 200) for way in ("infer", "fwd", "step")]
+    return [MaskedLMLossCase(places[0], torch.float32, way, 32, 200) for way in ("infer", "fwd", "bwd")]

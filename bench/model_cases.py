@@ -17,6 +17,7 @@ from fastconv.bench import shapes
 from fastconv.bench.case import Case, Subject
 from fastconv.bench.embedding_norm_cases import words
 from fastconv.bench.masked_lm_loss_cases import labels_of
+from fastconv.bench.records import is_own
 from fastconv.bench.shapes import Place, Point
 from fastconv.bench.timing import Run
 from fastconv.checkpoints.loading import NoRandomInit
@@ -41,6 +42,9 @@ _TINY: dict[str, Any] = {
     "eos_token_id": None,
 }
 
+# Of this library's ways those that keep the padding.
+_KEEPING = ("fastconv", "fastconv logits")
+
 # Padding of which the targets say 40 %, within this.
 _ABOUT = 0.05
 
@@ -49,12 +53,14 @@ _ABOUT = 0.05
 class ModelCase(Case):
     """A model on a batch of ids: "infer", the encoder's forward; "step", forward, loss and backward, with dropout.
 
-    head: of a step, "SequenceClassification" or "MaskedLM" with 15 % of the tokens labelled. Without logits where the
-        model can do so: nobody looks at them in training
+    head: of a step, "SequenceClassification" or "MaskedLM" with 15 % of the tokens labelled
 
     "fastconv" computes what transformers does, "fastconv remove" runs without padding, "fastconv graphs" replays CUDA
     graphs, "HF" is transformers' model with its own choice of attention, and where transformers is missing "reference"
     is this library's in plain PyTorch. "matmul" is one product of as many operations.
+
+    Rivals make logits for the whole vocabulary in a step of MaskedLM. "fastconv logits" does so too; the others of this
+    library make the loss alone, by `loss_only`: nobody looks at the logits in training.
     """
 
     place: Place
@@ -139,6 +145,8 @@ class ModelCase(Case):
         found = ["fastconv"]
         if self._padded:
             found.append("fastconv remove")
+        if self.class_name.endswith("ForMaskedLM"):
+            found.append("fastconv logits")
         if device.type == "cuda" and self.direction == "infer" and self.place.tokens <= 8192:
             found.append("fastconv graphs")
         found.append("HF" if importlib.util.find_spec("transformers") is not None else "reference")
@@ -167,7 +175,7 @@ class ModelCase(Case):
         """Of the hidden states or logits, and in a step of the gradients of all parameters, of a small batch that has
         padding, without dropout. Computed once for all batches of a model that are run in the same ways."""
         small = replace(self, place=Place(self.place.model, 2, min(32, self.place.length), "text"))
-        ways = tuple(label for label in self.labels(device) if label.startswith("fastconv"))
+        ways = tuple(label for label in self.labels(device) if is_own(label))
         return _parity(small, ways, self._padded, device, dispatch.current())
 
     @property
@@ -175,18 +183,23 @@ class ModelCase(Case):
         return self.place.tokens < self.place.size
 
     def build(self, label: str, removes: bool, device: torch.device) -> nn.Module:
-        """One of this library's ways. `removes`: without padding, unless it is the one that keeps it."""
+        """One of this library's ways. `removes`: without padding, unless it is one of _KEEPING."""
         weights = _weights(self.class_name, self.config)
         model = _model(models, self.class_name, self.config, weights, self.dtype, device)
-        padding = "remove" if removes and label != "fastconv" else "keep"
+        padding = "remove" if removes and label not in _KEEPING else "keep"
         return accelerate(model, padding=padding, graphs=label == "fastconv graphs")
+
+    def called(self, label: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What one of the ways is called with in a step."""
+        alone = is_own(label) and label != "fastconv logits" and self.class_name.endswith("ForMaskedLM")
+        return {**inputs, **({"loss_only": True} if alone else {})}
 
     def runs(self, device: torch.device, *, compiled: bool) -> dict[str, Run]:
         inputs = self.inputs(device)
         found: dict[str, Any] = {}
         broken: dict[str, Run] = {}
         for label in self.labels(device):
-            if label.startswith("fastconv"):
+            if is_own(label):
                 found[label] = self.build(label, self._padded, device)
             elif label == "reference":
                 made = _weights(self.class_name, self.config)
@@ -217,11 +230,10 @@ class ModelCase(Case):
         if self.direction == "infer":
             return torch.inference_mode()(lambda: model(**inputs))
         model.train()
-        if label.startswith("fastconv") and self.head == "MaskedLM":
-            inputs = {**inputs, "loss_only": True}  # type: ignore[dict-item]
+        given = self.called(label, inputs)
 
         def step() -> None:
-            model(**inputs).loss.backward()
+            model(**given).loss.backward()
             # Afterwards: gradients that were there before would hide as much of the peak memory.
             for parameter in model.parameters():
                 parameter.grad = None
@@ -244,7 +256,7 @@ def _parity(
     for label in ways:
         model = case.build(label, removes, device)
         # Without padding ConvBERT promises what each sequence gives alone.
-        alone = removes and label != "fastconv" and isinstance(case.config, ConvBertConfig)
+        alone = removes and label not in _KEEPING and isinstance(case.config, ConvBertConfig)
         with torch.no_grad():
             y = _flat(main_outputs(model, given, tokens_only=True))
             outputs = outputs_alone if alone else functools.partial(main_outputs, tokens_only=True)
@@ -252,7 +264,8 @@ def _parity(
         if case.direction == "step":
             gradients = _gradients_alone if alone else _gradients
             expected = (gradients(each, inputs) for each in (own, truth))
-            found[f"{label} gradients"] = compare(_gradients(model, inputs), *expected, rounding=rounding)
+            got = _gradients(model, case.called(label, inputs))
+            found[f"{label} gradients"] = compare(got, *expected, rounding=rounding)
     return found
 
 
@@ -322,7 +335,7 @@ def projection(config: Config) -> tuple[int, int]:
     return 0, 0
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)
 def _made(class_name: str, config: str) -> dict[str, torch.Tensor]:
     return random_model(getattr(reference, class_name), _CONFIGS[config]).state_dict()
 
@@ -332,7 +345,7 @@ _CONFIGS: dict[str, Config] = {}
 
 
 def _weights(class_name: str, config: Config) -> dict[str, torch.Tensor]:
-    """fp32, on the CPU; those of the last model asked for are kept, since its cases follow one another."""
+    """fp32, on the CPU; those of the last two classes asked for are kept: a model's forward and step take turns."""
     _CONFIGS[repr(config)] = config
     return _made(class_name, repr(config))
 
@@ -363,7 +376,7 @@ def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
-def _gradients(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _gradients(model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
     """Of the loss with respect to every parameter, as one row, without dropout."""
     model.zero_grad(set_to_none=True)
     model(**inputs).loss.backward()
@@ -397,7 +410,7 @@ def _product(flops: int, dtype: torch.dtype, device: torch.device) -> Run:
 
 
 def at(point: Point) -> list[Case]:
-    """Its forward, and where a step is asked for one with a classifier, at the first place one with the vocabulary."""
+    """Its forward, and where a step is asked for one with a classifier; where its halves are, the vocabulary's too."""
     found: list[Case] = [
         ModelCase(point.place, point.dtype, way) for way in point.directions if way in ("infer", "step")
     ]

@@ -22,10 +22,10 @@ _HERE = Path(__file__).resolve().parent
 _PACKAGES = (fastconv, fastconv.kernels, fastconv.reference, fastconv.bench)
 # What only asks for figures or shows them: a change in a table is no reason to measure again.
 _SHOWS = (
-    *("fastconv/cli.py", "fastconv/commands/", "fastconv/bench/compare.py", "fastconv/bench/gpu.py"),
-    *("fastconv/bench/html", "fastconv/bench/plots.py", "fastconv/bench/progress.py", "fastconv/bench/readme.py"),
-    *("fastconv/bench/passed_tests.py", "fastconv/bench/results.py", "fastconv/bench/table.py"),
-    *("fastconv/bench/records.py", "fastconv/bench/test_ops.py"),
+    *("fastconv/cli.py", "fastconv/commands/", "fastconv/progress.py", "fastconv/bench/compare"),
+    *("fastconv/bench/gpu.py", "fastconv/bench/html", "fastconv/bench/plots", "fastconv/bench/progress.py"),
+    *("fastconv/bench/passed_tests.py", "fastconv/bench/readme.py", "fastconv/bench/records.py"),
+    *("fastconv/bench/results.py", "fastconv/bench/table.py", "fastconv/bench/test_ops.py"),
 )
 
 

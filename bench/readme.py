@@ -64,7 +64,7 @@ class Verify:
     def measure(self) -> None:
         """Run it and keep the result."""
         from fastconv import parity
-        from fastconv.parity.progress import ProgressBar
+        from fastconv.progress import ProgressBar
 
         folder = self.model
         if self.model == _MINILM:

@@ -80,16 +80,18 @@ def _fields(record: Record) -> Iterator[tuple[str, bool]]:
     for key in ("kind", "op", "direction", "dtype"):
         yield key, isinstance(record.get(key), str)
     yield "model", isinstance(record.get("model", 0), str | None)
-    for key in ("red", "broken"):
+    for key in ("red", "broken", "uncaptured"):
         yield key, isinstance(record.get(key, {}), dict)
     if "red" in record:
         return
     for key in ("bytes", "flops", "bytes_per_s", "flops_per_s", "of_roof"):
         yield key, _number(record.get(key))
     yield "roof", isinstance(record.get("roof"), str)
-    for key in ("seconds", "ratios", "graph_seconds"):
-        yield key, _each(record.get(key, {} if key == "graph_seconds" else None), _spread)
-    for key in ("targets", "host_seconds", "joules_per_token"):
+    for key in ("seconds", "ratios"):
+        yield key, _each(record.get(key), _spread)
+    for key in ("graph_seconds", "graph_ratios", "host_seconds", "host_ratios"):
+        yield key, _each(record.get(key, {}), _spread)
+    for key in ("targets", "joules_per_token"):
         yield key, _each(record.get(key, {}), _number)
     yield "peak_bytes", _each(record.get("peak_bytes", {}), lambda value: value is None or _number(value))
     if record["kind"] == "model":
@@ -184,8 +186,9 @@ def _rows(record: Record) -> list[dict[str, Any]]:
         row |= _columns("ratio", _part(record, "ratios").get(label))
         if label == "fastconv":
             row |= {key: record.get(key) for key in of_fastconv}
-        row["graph_seconds"] = _part(record, "graph_seconds").get(label, {}).get("median")
-        for key in ("host_seconds", "peak_bytes", "tokens_per_s", "joules_per_token"):
+        for key in ("graph_seconds", "host_seconds"):
+            row[key] = _part(record, key).get(label, {}).get("median")
+        for key in ("peak_bytes", "tokens_per_s", "joules_per_token"):
             row[key] = _part(record, key).get(label)
         rows.append(row)
     return rows + [{**shared, "label": label, "failed": why} for label, why in _part(record, "broken").items()]

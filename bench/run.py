@@ -175,7 +175,7 @@ def _figures(
     targets = case.targets if device.type == "cuda" else case.cpu_targets
     roof, seconds = roofs.nearer(case.bytes(), case.flops(), dtype)
     record: Record = {
-        "seconds": {label: timing.spread(of) for label, of in times.items()},
+        "seconds": _spreads(times),
         "ratios": _ratios(targets, times, peaks),
         "bytes_per_s": case.bytes() / own["median"],
         "flops_per_s": case.flops() / own["median"],
@@ -190,13 +190,27 @@ def _figures(
     if not _is_op(case):
         record |= _of_a_model(case, runs, record["seconds"], device)
     if recorder is not None:
-        record["host_seconds"] = timing.host_seconds(runs, device)
         # Last: whoever can't be captured may leave more behind than anybody knows of.
-        replays = timing.graphs({k: run for k, run in runs.items() if not k.endswith("graphs")}, recorder)
-        if replays:
-            replayed = timing.interleaved(replays, device, rounds=rounds, warmup=1)
-            record["graph_seconds"] = {label: timing.spread(of) for label, of in replayed.items()}
+        record |= _of_a_gpu(runs, device, recorder, rounds)
     return record
+
+
+def _of_a_gpu(runs: dict[str, Run], device: torch.device, recorder: Recorder, rounds: int | None) -> Record:
+    """What a call costs the CPU, replays of CUDA graphs, and why there are none of some runs."""
+    queued = timing.host_seconds(runs, device)
+    replays, refused = timing.graphs({k: run for k, run in runs.items() if not k.endswith("graphs")}, recorder)
+    replayed = timing.interleaved(replays, device, rounds=rounds, warmup=1) if replays else {}
+    return {
+        "host_seconds": _spreads(queued),
+        "host_ratios": timing.ratios(queued),
+        "graph_seconds": _spreads(replayed),
+        "graph_ratios": timing.ratios(replayed),
+        "uncaptured": {label: _told(error) for label, error in refused.items()},
+    }
+
+
+def _spreads(times: dict[str, list[float]]) -> dict[str, timing.Spread]:
+    return {label: timing.spread(of) for label, of in times.items()}
 
 
 # Beside a case's runs on a CPU: a product large enough for the full rate of a few cores, in half precision too.
@@ -214,7 +228,7 @@ def _ratios(
     targets: dict[str, float], times: dict[str, list[float]], peaks: dict[str, int | None]
 ) -> dict[str, timing.Spread]:
     """Every label's time over fastconv's, and what else the targets name, where it was measured."""
-    ratios = {label: timing.ratio(of, times["fastconv"]) for label, of in times.items() if label != "fastconv"}
+    ratios = timing.ratios(times)
     for name in targets:
         slow, _, fast = name.partition(" / ")
         rival = name.removesuffix(" memory")

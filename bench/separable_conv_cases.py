@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from fastconv.bench import shapes
 from fastconv.bench.case import BenchCase, Op, Tensors
-from fastconv.bench.op_case import OpCase
+from fastconv.bench.op_case import ConvolutionCase, OpCase
 from fastconv.bench.shapes import Place, Point
 from fastconv.ops import separable_conv
 from fastconv.ops._eager import use_kernels
@@ -21,7 +21,7 @@ from fastconv.reference.ops import separable_conv as reference_separable_conv
 
 
 @dataclass(frozen=True)
-class SeparableConvCase(OpCase):
+class SeparableConvCase(ConvolutionCase):
     """separable_conv of (batch, length, channels) to `out` channels, times a gate; of text, without its padding."""
 
     channels: int
@@ -29,6 +29,7 @@ class SeparableConvCase(OpCase):
     taps: int = 9
 
     title = "separable_conv"
+    of_tokens = ("x", "gate")
 
     @property
     def shape(self) -> str:
@@ -77,14 +78,13 @@ class SeparableConvCase(OpCase):
     def reference(self, **tensors: Any) -> torch.Tensor:
         return reference_separable_conv(**tensors, packing=self.place.packing(tensors["x"].device))
 
-    def rivals(self, device: torch.device) -> dict[str, Op]:
-        # As ConvBertSelfAttention of transformers computes it: that is the reference too.
-        return {"HF" if self.place.lengths == "full" else "HF of each": self.reference}
+    def hf(self, **tensors: Any) -> torch.Tensor:
+        return reference_separable_conv(**tensors)  # which is written as transformers' is
 
 
 @dataclass(frozen=True)
 class DepthwiseCase(OpCase):
-    """The depthwise part of separable_conv, (batch, length, channels), without a gradient."""
+    """The depthwise part of separable_conv, (batch, length, channels), without a gradient: it has none by itself."""
 
     channels: int
     taps: int = 9

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -112,10 +113,6 @@ class Place:
         """Of text; None of a full batch."""
         return None if self.lengths == "full" else packing(self.rows, device)
 
-    def parts(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """A full batch in one piece, (B, S, C); text as its sequences, (1, S, C) each."""
-        return [x] if self.lengths == "full" else [part[None] for part in x.split(list(self.rows))]
-
     def __str__(self) -> str:
         return f"{self.batch}x{self.length}" + (" text" if self.lengths == "text" else "")
 
@@ -139,10 +136,11 @@ class Point:
 # A tiny batch, full and of text, of no model.
 QUICK = [Place("", 2, 16), Place("", 2, 16, "text")]
 
-_LENGTHS = ("full", "text")
-_EVERY = ("infer", "fwd", "bwd", "step")
+_TEXT, _BOTH = ("text",), ("full", "text")
+_INFER, _STEP, _EVERY = ("infer",), ("step",), ("infer", "fwd", "bwd", "step")
 _HALF, _SINGLE = torch.bfloat16, torch.float32
-_BASE = "ConvBERT base"
+_BASE, _MEDIUM = MODELS[:2]
+_ATTENTION = ("masked_attention",)
 
 
 def plan(device: torch.device) -> list[Point]:
@@ -150,56 +148,77 @@ def plan(device: torch.device) -> list[Point]:
     return _on_gpu() if device.type == "cuda" else _on_cpu()
 
 
-def _on_gpu() -> list[Point]:
-    def grid(model: str, ops: tuple[str, ...] | None = None) -> list[Point]:
-        places = [Place(model, batch, length) for length in (32, 128, 512) for batch in (1, 4, 16, 64)]
-        return [Point(place, _HALF, model=True, ops=ops) for place in places]
-
-    # The headlines: a batch, a full card, one sentence, and real text; what torch.compile makes of the rivals as well.
-    found = [
-        Point(Place(_BASE, 8, 512, compiled=True), _HALF, _EVERY, model=True),
-        Point(Place(_BASE, 64, 512, compiled=True), _HALF, _EVERY, model=True),
-        Point(Place(_BASE, 1, 128, compiled=True), _HALF, ("infer",), model=True),
-        Point(Place(_BASE, 8, 512, "text"), _HALF, _EVERY, model=True),
-        Point(Place(_BASE, 64, 512, "text"), _HALF, model=True, ops=()),
+def _points(
+    names: Sequence[str],
+    sizes: Sequence[tuple[int, int]],
+    lengths: Sequence[str] = ("full",),
+    *,
+    dtype: torch.dtype = _HALF,
+    directions: tuple[str, ...] = ("infer", "step"),
+    model: bool = True,
+    ops: tuple[str, ...] | None = None,
+    compiled: bool = False,
+) -> list[Point]:
+    """Model by model, of each size a full batch, real text, or both; one sequence has no padding."""
+    places = [
+        Place(name, batch, length, how, compiled)
+        for name in names
+        for batch, length in sizes
+        for how in lengths
+        if how == "full" or batch > 1
     ]
-    attention = ("masked_attention",)
-    found += [Point(Place("BERT base", 8, 512, how), _HALF, _EVERY, model=True, ops=attention) for how in _LENGTHS]
-    for model in MODELS[1:]:
-        found.append(Point(Place(model, 64, 512), _HALF, model=True))
-        found.append(Point(Place(model, 64, 512, "text"), _HALF, model=True, ops=attention))
-        found.append(Point(Place(model, 1, 128), _HALF, ("infer",), model=True, ops=()))
-    # The map by batch and length, and the latency by length; other dtypes.
-    found += grid(_BASE)
-    found += [Point(Place(_BASE, 1, length), _HALF, ("infer",), model=True, ops=()) for length in (64, 256)]
-    found += [Point(Place(_BASE, 8, 512), dtype, model=True) for dtype in (torch.float16, _SINGLE)]
-    return found + grid("BERT base", attention)
+    return [Point(place, dtype, directions, model, ops) for place in places]
+
+
+def _on_gpu() -> list[Point]:
+    # A place that comes twice is measured once, as it came first: with torch.compile, if it is to be.
+    large, middle, one = [(64, 512)], [(8, 512)], [(1, 128)]
+    every = [(batch, length) for length in (512, 128, 32) for batch in (64, 16, 4, 1)]
+    base, others = MODELS[:1], MODELS[1:]
+    return [
+        # What has a target: of whole models on a full card, alone, in training and without padding; then of the ops.
+        *_points(base, [*large, *one], directions=_INFER, ops=(), compiled=True),
+        *_points(base, large, directions=_EVERY, ops=()),
+        *_points(base, middle, _TEXT, directions=_EVERY, ops=_ATTENTION),
+        *_points(base, large, directions=_EVERY, model=False, compiled=True),
+        *_points(["BERT base"], middle, _BOTH, directions=_EVERY, model=False, ops=_ATTENTION),
+        *_points([_MEDIUM], large, directions=_EVERY, model=False, ops=("grouped_linear",)),
+        # Every model once: full, of real text, alone, and against torch.compile, which takes the longest.
+        *_points(others, large),
+        *_points(MODELS, large, _TEXT),
+        *_points(others, one, directions=_INFER, ops=()),
+        *_points(base, middle, _BOTH, model=False),
+        *_points(MODELS, middle, directions=_INFER, ops=(), compiled=True),
+        *_points(base, middle, directions=_STEP, ops=(), compiled=True),
+        # The map by batch and length, and the latency by length.
+        *_points(MODELS, every, _BOTH),
+        *_points(base, [(1, 64), (1, 256)], directions=_INFER, ops=()),
+        # What is left of one kind: each half of a step by itself, other dtypes.
+        *_points(MODELS, large, _BOTH, directions=_EVERY),
+        *_points(MODELS, middle, dtype=torch.float16),
+        *_points(MODELS, middle, dtype=_SINGLE),
+    ]
 
 
 def _on_cpu() -> list[Point]:
     # Every op in every direction at one place, whole models that take seconds a call, then the map by batch and length,
     # and what else there is of one kind: a dtype, real text, another size.
-    medium, infer = "ConvBERT medium-small", ("infer",)
-    of_convolutions = ("separable_conv", "span_kernel_logits", "span_dynamic_conv")
+    of_sequences = ("separable_conv", "span_kernel_logits", "span_dynamic_conv", "conv_branch", *_ATTENTION)
     found = [
         Point(Place(_BASE, 8, 512, compiled=True), _SINGLE, _EVERY),
-        Point(Place(_BASE, 1, 128, compiled=True), _SINGLE, infer, model=True),
-        Point(Place(_BASE, 8, 512), _SINGLE, infer, model=True, ops=()),
-        Point(Place(_BASE, 8, 128), _SINGLE, ("step",), model=True, ops=()),
-        Point(Place(medium, 8, 128), _SINGLE, model=True),
-        Point(Place(medium, 8, 128, "text"), _SINGLE, infer, model=True, ops=()),
-        Point(Place(_BASE, 8, 128, "text"), _SINGLE, infer, model=True, ops=()),
+        Point(Place(_BASE, 1, 128, compiled=True), _SINGLE, _INFER, model=True),
+        Point(Place(_BASE, 8, 512), _SINGLE, _INFER, model=True, ops=()),
+        Point(Place(_BASE, 8, 128), _SINGLE, _STEP, model=True, ops=()),
+        Point(Place(_MEDIUM, 8, 128), _SINGLE, model=True),
+        Point(Place(_MEDIUM, 8, 128, "text"), _SINGLE, _INFER, model=True, ops=()),
+        Point(Place(_BASE, 8, 128, "text"), _SINGLE, _INFER, model=True, ops=()),
         Point(Place(_BASE, 8, 512), _HALF, ops=("conv_branch", "masked_lm_loss")),
-        Point(
-            Place(_BASE, 8, 512, "text"), _SINGLE, infer, ops=(*of_convolutions, "masked_attention", "embedding_norm")
-        ),
+        Point(Place(_BASE, 8, 512, "text"), _SINGLE, _INFER, ops=(*of_sequences, "embedding_norm")),
     ]
-    found.append(Point(Place(_BASE, 1, 32), _SINGLE, infer, model=True))
-    found += [Point(Place(_BASE, *size), _SINGLE, infer, model=True) for size in ((8, 32), (8, 128), (1, 512))]
-    found.append(Point(Place("BERT base", 8, 32, "text"), _SINGLE, infer, model=True, ops=()))
-    rest = ("ConvBERT small", "RoCBert base")
-    found += [Point(Place(model, 1, 128), _SINGLE, infer, model=True, ops=()) for model in rest]
-    return found
+    sizes = [(1, 32), (8, 32), (8, 128), (1, 512)]
+    found += _points([_BASE], sizes, dtype=_SINGLE, directions=_INFER)
+    found += _points(["BERT base"], [(8, 32)], _TEXT, dtype=_SINGLE, directions=_INFER, ops=())
+    return found + _points(["ConvBERT small", "RoCBert base"], [(1, 128)], dtype=_SINGLE, directions=_INFER, ops=())
 
 
 # What a case needs beside its tensors, made once for all cases of a shape: making them is not what is timed.

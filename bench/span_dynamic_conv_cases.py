@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from fastconv.bench import shapes
-from fastconv.bench.case import BenchCase, Op, Tensors
-from fastconv.bench.op_case import OpCase
+from fastconv.bench.case import BenchCase, Tensors
+from fastconv.bench.op_case import ConvolutionCase
 from fastconv.bench.shapes import Place, Point
 from fastconv.ops import span_dynamic_conv
 from fastconv.reference import ConvBertConfig
@@ -19,7 +19,7 @@ from fastconv.reference.ops import span_dynamic_conv as reference_span_dynamic_c
 
 
 @dataclass(frozen=True)
-class SpanDynamicConvCase(OpCase):
+class SpanDynamicConvCase(ConvolutionCase):
     """span_dynamic_conv of (batch, length, heads * size) with a kernel of `taps`; of text, without its padding."""
 
     heads: int
@@ -27,6 +27,7 @@ class SpanDynamicConvCase(OpCase):
     taps: int = 9
 
     title = "span_dynamic_conv"
+    of_tokens = ("value", "kernel_logits")
 
     @property
     def shape(self) -> str:
@@ -71,15 +72,8 @@ class SpanDynamicConvCase(OpCase):
         packing = self.place.packing(tensors["value"].device)
         return reference_span_dynamic_conv(**tensors, kernel_size=self.taps, packing=packing)
 
-    def rivals(self, device: torch.device) -> dict[str, Op]:
-        if self.place.lengths == "full":
-            return {"HF": lambda value, kernel_logits: hf_span_dynamic_conv(value, kernel_logits, self.taps)}
-
-        def each(value, kernel_logits):
-            parts = zip(*map(self.place.parts, (value, kernel_logits)), strict=True)
-            return torch.cat([hf_span_dynamic_conv(v, logits, self.taps)[0] for v, logits in parts])
-
-        return {"HF of each": each}
+    def hf(self, **tensors: Any) -> torch.Tensor:
+        return hf_span_dynamic_conv(**tensors, taps=self.taps)
 
 
 def hf_span_dynamic_conv(value: torch.Tensor, kernel_logits: torch.Tensor, taps: int) -> torch.Tensor:

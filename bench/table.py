@@ -133,7 +133,7 @@ def _tables(results: Results, names: Iterable[str] | None) -> list[_Table]:
 
 def _of_op(op: str, records: list[Record], results: Results) -> _Table:
     rivals = _labels(records, "ratios", "broken")
-    optional = [key for key in ("graph_seconds", "host_seconds") if any(key in record for record in records)]
+    optional = [key for key in ("graph_seconds", "host_seconds") if any(record.get(key) for record in records)]
     titles = {"graph_seconds": "graph ms", "host_seconds": "host us"}
     header = ["case", "ms", "spread", "GB/s", "TFLOP/s", "of roof", *(titles[key] for key in optional)]
     table = _Table(
@@ -160,7 +160,7 @@ def _of_models(records: list[Record], results: Results) -> _Table:
         "peak_bytes": "peak MB",
         "joules_per_token": "mJ/token",
     }
-    shown = [key for key in optional if any(key in record for record in records)]
+    shown = [key for key in optional if any(record.get(key) for record in records)]
     header = ["case", "path", "ms", "spread", "tokens/s", "of roof", "time ratio"]
     title = "whole models; the ratio is of a path's time to fastconv's"
     table = _Table(title, [*header, *(optional[key] for key in shown)], notes=_notes(records, results))
@@ -195,11 +195,12 @@ def _notes(records: list[Record], results: Results) -> list[str]:
     notes = [f"{_red(record)} ({record['case']})" for record in records if "red" in record]
     failures: dict[tuple[str, str], list[str]] = {}
     for record in records:
-        for rival, why in record.get("broken", {}).items():
-            failures.setdefault((rival, why), []).append(record["case"])
-    for (rival, why), cases in failures.items():
+        for key, words in (("broken", "failed"), ("uncaptured", "has no CUDA graph")):
+            for label, why in record.get(key, {}).items():
+                failures.setdefault((f"{label} {words}", why), []).append(record["case"])
+    for (what, why), cases in failures.items():
         where = cases[0] if len(cases) == 1 else f"{len(cases)} cases"
-        notes.append(f"{rival} failed in {where}: {why}")
+        notes.append(f"{what} in {where}: {why}")
     if any(_mark(record, results) for record in records):
         notes.append(f"{_OTHER_STATE} measured with other code or versions")
     return notes
@@ -215,10 +216,8 @@ def _optional(record: Record, key: str, label: str) -> str:
     value: Any = record.get(key, {}).get(label)
     if value is None:
         return ""
-    if key == "graph_seconds":
-        return _significant(1e3 * value["median"])
-    scale = {"host_seconds": 1e6, "peak_bytes": 1e-6, "joules_per_token": 1e3}[key]
-    return _significant(scale * value)
+    scale = {"graph_seconds": 1e3, "host_seconds": 1e6, "peak_bytes": 1e-6, "joules_per_token": 1e3}[key]
+    return _significant(scale * (value["median"] if isinstance(value, dict) else value))
 
 
 def _foot(results: Results, names: Iterable[str] | None) -> list[str]:

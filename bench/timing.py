@@ -61,7 +61,9 @@ def interleaved(
                 times[label].append(time.perf_counter() - start)
         return times
 
-    spinning = min(_MOST_SPINNING, 2 * max(host_seconds(runs, device, rounds=1).values())) if hides_host else 0.0
+    spinning = 0.0
+    if hides_host:
+        spinning = min(_MOST_SPINNING, 2 * max(map(max, host_seconds(runs, device, rounds=1).values())))
     flush = _flush_buffer(device)
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {label: [] for label in runs}
     for _ in range(rounds):
@@ -92,8 +94,8 @@ def _flush_buffer(device: torch.device) -> torch.Tensor:
     return torch.empty(size, dtype=torch.uint8, device=device)
 
 
-def host_seconds(runs: dict[str, Run], device: torch.device, *, rounds: int = 15) -> dict[str, float]:
-    """What an eager call costs the CPU on a GPU: the median of the times until everything is queued.
+def host_seconds(runs: dict[str, Run], device: torch.device, *, rounds: int = 15) -> dict[str, list[float]]:
+    """What an eager call of every run costs the CPU on a GPU in every round: the seconds until everything is queued.
 
     Nothing is queued before, so that no call waits for another; a call that waits for the GPU itself counts so.
     """
@@ -105,21 +107,22 @@ def host_seconds(runs: dict[str, Run], device: torch.device, *, rounds: int = 15
             run()
             times[label].append(time.perf_counter() - start)
     synchronize(device)
-    return {label: statistics.median(of) for label, of in times.items()}
+    return times
 
 
-def graphs(runs: dict[str, Run], recorder: Recorder) -> dict[str, Run]:
-    """Replays of CUDA graphs of the runs, without those that can't be captured (a copy to the host, say).
+def graphs(runs: dict[str, Run], recorder: Recorder) -> tuple[dict[str, Run], dict[str, Exception]]:
+    """Replays of CUDA graphs of the runs, and why the others can't be captured (a copy to the host, say).
 
     Each must have run before, on the recorder's stream.
     """
-    found = {}
+    found, refused = {}, {}
     for label, run in runs.items():
         try:
             found[label] = recorder.record(run)
-        except Exception:
+        except Exception as error:
+            refused[label] = error.with_traceback(None)  # whose frames hold tensors
             torch.cuda.synchronize()
-    return found
+    return found, refused
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -128,6 +131,12 @@ def spread(values: Sequence[float]) -> Spread:
         return dict.fromkeys(("median", "low", "high"), values[0])
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return {"median": median, "low": low, "high": high}
+
+
+def ratios(times: dict[str, list[float]]) -> dict[str, Spread]:
+    """How many times faster than every other label "fastconv" is; empty where it wasn't timed."""
+    own = times.get("fastconv")
+    return {label: ratio(of, own) for label, of in times.items() if label != "fastconv"} if own else {}
 
 
 def ratio(rival: Sequence[float], own: Sequence[float]) -> Spread:

@@ -31,10 +31,15 @@ def _timed(own: float, rivals: dict[str, float], cuda: bool) -> dict[str, Any]:
         **_ORIGIN,
     }
     if cuda:
-        found["host_seconds"] = {
-            label: 11e-6 * (1 if label == "fastconv" else 2.5) for label in seconds if label != "copy"
-        }
-        found["graph_seconds"] = {label: _spread(0.8 * t) for label, t in seconds.items() if label != "copy"}
+        for kind, times in (
+            ("host", {label: 11e-6 * (1 if label == "fastconv" else 2.5) for label in seconds}),
+            ("graph", {label: 0.8 * t for label, t in seconds.items()}),
+        ):
+            found[f"{kind}_seconds"] = {label: _spread(t) for label, t in times.items()}
+            found[f"{kind}_ratios"] = {
+                label: _spread(t / times["fastconv"]) for label, t in times.items() if label != "fastconv"
+            }
+        found["uncaptured"] = {}
     return found
 
 
@@ -118,20 +123,12 @@ def made_results(*, cuda: bool = True) -> dict[str, Any]:
     ]
     found = {record["case"]: record for record in records}
     wrong = found["masked_attention step BERT base 8x512 bfloat16"]
-    for key in (
-        "seconds",
-        "ratios",
-        "bytes_per_s",
-        "flops_per_s",
-        "of_roof",
-        "peak_bytes",
-        "host_seconds",
-        "graph_seconds",
-    ):
+    timed = ("seconds", "ratios", "host_seconds", "host_ratios", "graph_seconds", "graph_ratios")
+    for key in (*timed, "bytes_per_s", "flops_per_s", "of_roof", "peak_bytes", "uncaptured"):
         wrong.pop(key, None)
     wrong["red"] = {"dq": "max error 3.1e-01, allowed 2.0e-03", "dk": "max error nan, allowed 2.0e-03"}
     broken = found["layer_norm infer BERT base 8x512 bfloat16"]
-    for key in ("seconds", "ratios", "peak_bytes", "host_seconds", "graph_seconds"):
+    for key in (*timed, "peak_bytes"):
         broken.get(key, {}).pop("torch compile", None)
     broken["broken"] = {"torch compile": "RuntimeError: no compiler"}
     return {

@@ -74,9 +74,9 @@ def test_bench_gpu_timing_flushes_before_every_call(monkeypatch):
 
     assert order("flush", "event", "{}", "event") == []
     # Busy for twice as long as the slower of the two takes to be queued, but not forever.
-    monkeypatch.setattr(timing, "host_seconds", lambda runs, device, rounds: {"a": 1e-3, "b": 3e-3})
+    monkeypatch.setattr(timing, "host_seconds", lambda runs, device, rounds: {"a": [1e-3], "b": [3e-3]})
     assert order("flush", "spin 0.006 s", "event", "{}", "event") == []
-    monkeypatch.setattr(timing, "host_seconds", lambda runs, device, rounds: {"a": 1.0})
+    monkeypatch.setattr(timing, "host_seconds", lambda runs, device, rounds: {"a": [1.0]})
     assert order("flush", "spin 0.02 s", "event", "{}", "event") == []
 
 
@@ -87,7 +87,7 @@ def test_bench_host_cost_waits_for_nothing_queued_before(monkeypatch):
     monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
     found = timing.host_seconds({"a": lambda: done.append("a")}, SimpleNamespace(type="cuda"), rounds=2)
     assert done == ["synchronize", "a", "synchronize", "a", "synchronize"]
-    assert found == {"a": 1}  # one step of the clock, whatever the wait takes
+    assert found == {"a": [1, 1]}  # one step of the clock each, whatever the wait takes
 
 
 def test_bench_what_cant_be_captured_has_no_graph(monkeypatch):
@@ -100,8 +100,9 @@ def test_bench_what_cant_be_captured_has_no_graph(monkeypatch):
         pass
 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    found = timing.graphs({"a": lambda: None, "b": refused}, SimpleNamespace(record=record))
+    found, why = timing.graphs({"a": lambda: None, "b": refused}, SimpleNamespace(record=record))
     assert list(found) == ["a"] and found["a"]() == "replayed"
+    assert list(why) == ["b"] and "not permitted" in str(why["b"]) and why["b"].__traceback__ is None
 
 
 @pytest.mark.parametrize(
@@ -271,6 +272,29 @@ def test_bench_a_backward_whose_forward_raises_is_the_rivals_failure():
     assert record["broken"] == {"broken": "RuntimeError: no compiler"} and "torch" in record["seconds"]
 
 
+def test_bench_record_says_what_has_no_graph(monkeypatch):
+    # Without a GPU: whose figures are kept, and that a file of them can be read.
+    def refused():
+        pass
+
+    def capture(function):
+        if function is refused:
+            raise RuntimeError("operation not permitted when stream is capturing\nthat is all")
+        return function
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    runs = {"fastconv": lambda: None, "fastconv graphs": lambda: None, "HF": refused, "copy": lambda: None}
+    found = run._of_a_gpu(runs, CPU, SimpleNamespace(record=capture), 3)
+    assert list(found["host_seconds"]) == list(runs) and set(found["host_ratios"]) == set(runs) - {"fastconv"}
+    assert set(found["graph_seconds"]) == {"fastconv", "copy"} and set(found["graph_ratios"]) == {"copy"}
+    assert found["uncaptured"] == {"HF": "RuntimeError: operation not permitted when stream is capturing"}
+    held = made()
+    held["records"]["masked_attention infer"] |= found
+    assert results._wrong(held) is None
+    # Where nothing can be captured, or fastconv can't.
+    assert run._of_a_gpu({"HF": refused}, CPU, SimpleNamespace(record=capture), 3)["graph_seconds"] == {}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: events, graphs and the host's cost")
 @pytest.mark.parametrize("direction", ["infer", "fwd", "bwd", "step"])
@@ -279,6 +303,8 @@ def test_bench_record_on_a_gpu(direction):
     assert "red" not in record, record["red"]
     for key in ("host_seconds", "graph_seconds"):
         assert {"fastconv", "torch"} <= set(record[key]), key
+        assert set(record[key.replace("seconds", "ratios")]) == set(record[key]) - {"fastconv"}
+    assert record["uncaptured"] == {}
 
 
 def test_bench_what_doesnt_fit_into_the_time_is_left_out(monkeypatch):
@@ -324,7 +350,8 @@ def test_bench_results_are_measured_once(monkeypatch):
         assert len(session.Session({**held, version: "another"}, cases).todo) == 3
 
 
-def test_bench_what_is_measured_again_is_kept_until_then():
+def test_bench_what_is_measured_again_is_kept_until_then(monkeypatch):
+    monkeypatch.setattr(session.roofs, "measure", lambda device, quick: ROOFS)
     origin = {"device": "a card", "code": "abc", "torch": "2.13", "triton": "3.7", "transformers": "5.23"}
     held = results.new(origin)
     session.Session(held, [TinyCase(8)]).measure(CPU, Silent(), lambda: None, rounds=1, compiled=False, quick=True)
@@ -397,6 +424,7 @@ def test_bench_a_record_without_what_a_table_reads_is_refused(tmp_path, key):
         ("model infer 8x512", {"seconds": {"fastconv": {"median": 1.0}}}, "seconds {'fastconv': {'median': 1.0}}"),
         ("model infer 8x512", {"ratios": {}}, "ratios {}"),
         ("masked_attention infer", {"graph_seconds": 7}, "graph_seconds 7"),
+        ("masked_attention infer", {"host_seconds": {"HF": 4e-5}}, "host_seconds {'HF': 4e-05}"),
         ("masked_attention fwd", {"red": "why"}, "red why"),
     ],
 )
@@ -423,13 +451,14 @@ def made() -> results.Results:
         "seconds": {"fastconv": spread(2e-4), "HF": spread(6e-4), "SDPA": spread(1e-4)},
         "ratios": {"HF": spread(3.1), "SDPA": spread(0.5)},
         "graph_seconds": {"fastconv": spread(1.5e-4), "HF": spread(5e-4)},
-        "host_seconds": {"fastconv": 11e-6, "HF": 40e-6},
+        "host_seconds": {"fastconv": spread(11e-6), "HF": spread(40e-6)},
         "peak_bytes": {"fastconv": 10**6, "HF": 10**7},
         "targets": {"HF": 1.8, "SDPA": 1.0, "FlexAttention": 1.0},
         "broken": {"FlexAttention": "RuntimeError: no compiler"},
+        "uncaptured": {"SDPA": "RuntimeError: a copy to the host"},
     }  # fmt: skip
     slow = {**fast, "case": "masked_attention bwd", "ratios": {"HF": spread(1.5)}, "code": "def"}
-    for key in ("graph_seconds", "host_seconds", "broken", "targets"):
+    for key in ("graph_seconds", "host_seconds", "broken", "uncaptured", "targets"):
         del slow[key]
     wrong = {**slow, **state, "case": "masked_attention fwd", "red": {"y": "max error 3.1e-01", "dk": "max error nan"}}
     for key in ("seconds", "ratios", "bytes_per_s", "flops_per_s", "roof", "of_roof", "peak_bytes"):
@@ -522,6 +551,7 @@ def test_bench_table():
     assert rows["fwd"] == "fwd RED"
     assert "RED, no figures: y: max error 3.1e-01; dk: max error nan (masked_attention fwd)" in lines
     assert "FlexAttention failed in masked_attention infer: RuntimeError: no compiler" in lines
+    assert "SDPA has no CUDA graph in masked_attention infer: RuntimeError: a copy to the host" in lines
     assert "* measured with other code or versions" in lines
     assert rows["model infer 8x512"] == "model infer 8x512 fastconv 20.00 ±3 % 204,800 33 % matmul 1.000 0.4100"
     (rival,) = (" ".join(line.split()) for line in lines if line.strip().startswith("HF "))
@@ -564,15 +594,18 @@ def test_bench_progress(monkeypatch, capsys):
         plain.finish(record)
     told = capsys.readouterr().err
     assert told.startswith("[3/7, 3 min left] layer_norm infer 8x16: ") and "broken failed" in told
-    pytest.importorskip("rich", reason="draws the bar")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "250")
     with progress.Progress() as bar:
         bar.start(TinyCase(8), 2, 7, 50.0)
-        bar.finish(record_of(TinyCase(8, off_by=1.0)))
-        bar._bar.refresh()
-    told = capsys.readouterr().err
-    assert "RED, no figures: y: max error" in told and "2/7" in told and "50 s left" in told
+        bar.finish(record)
+        bar.start(TinyCase(9), 3, 8, None)
+        bar.finish(record_of(TinyCase(9, off_by=1.0)))
+    right, wrong, told = capsys.readouterr().err.split("\r\x1b[K")[1:]
+    assert right == f"|{'#' * 5:<20}| [3/7, 50 s left] layer_norm infer 8x16"
+    assert wrong == f"|{'#' * 7:<20}| [4/8] layer_norm infer 9x16"
+    # In the place of the bar, which nothing is left of.
+    assert told.startswith("[4/8] layer_norm infer 9x16: RED, no figures: y: max error") and told.endswith("\n")
 
 
 # make gpu
@@ -582,6 +615,8 @@ def test_bench_progress(monkeypatch, capsys):
 def gpu(monkeypatch):
     """The script's module."""
     monkeypatch.syspath_prepend(str(ROOT / "bench"))  # as python does for a script
+    # Of the pytest that it starts: plugins that take longer to load than the tests here.
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:hypothesispytest -p no:benchmark")
     return importlib.import_module("gpu")
 
 
@@ -606,18 +641,18 @@ def test_bench_gpu_says_that_the_tests_need_pytest(gpu, monkeypatch, capsys, tmp
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would be measured on the GPU")
 def test_bench_gpu_dry_run_writes_nothing():
-    # With the packages of the GPU machine: neither rich nor matplotlib.
+    # With the packages of the GPU machine: neither rich nor matplotlib, and of pytest no plugin.
     from fastconv.bench.cases import cases
 
     before = sorted((ROOT / "bench").rglob("*.json"))
-    hide = "import sys; sys.modules['rich'] = sys.modules['matplotlib'] = None; sys.argv[0] = 'bench/gpu.py'; "
+    hide = "import sys; sys.modules |= dict.fromkeys(('rich', 'matplotlib', 'xdist')); sys.argv[0] = 'bench/gpu.py'; "
     hide += f"sys.path.insert(0, {str(ROOT / 'bench')!r}); import gpu; sys.exit(gpu.main())"
     clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", hide, "--dry-run", "--tests", ROOT / "tests" / "test_tolerance.py"],
         capture_output=True,
         text=True,
-        env={**clean, "OMP_NUM_THREADS": "1"},
+        env={**clean, "OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     number = len(cases(CPU, quick=True))
@@ -646,7 +681,7 @@ def test_bench_gpu_tests_that_take_too_long_go_on_later(gpu, monkeypatch, tmp_pa
     file, done = tmp_path / "test_slow.py", tmp_path / "done"
     file.write_text("import time\ndef test_a(): pass\ndef test_b(): time.sleep(60)\n")
     # Whatever it has come to by then.
-    assert gpu.run_tests([str(file)], done, 3.0).startswith("unfinished: ")
+    assert gpu.run_tests([str(file)], done, 2.0).startswith("unfinished: ")
     assert not any("test_b" in name for name in passed_tests.read(done))
 
 
@@ -665,6 +700,28 @@ def test_bench_gpu_tests_that_passed_are_not_run_again(gpu, monkeypatch, tmp_pat
     assert held["tests"] == "failed: False"
 
 
+def test_bench_gpu_changes_nothing_where_nothing_is_left(gpu, monkeypatch, tmp_path, capsys):
+    case = TinyCase(8)
+    origin = provenance.provenance(CPU, "the first command")
+    held = results.new({**origin, "date": "the first day", "tests": "passed: 3", "tests_code": "state"})
+    held |= {"roofs": {"copy": 1e12, "matmul": {}}, "records": {case.name: record_of(case) | origin}}
+    path = tmp_path / gpu.results_file(origin["device"]).name
+    results.save(path, held)
+    stored = path.read_bytes()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu, "provenance", lambda device, command: {**origin, "command": command})
+    monkeypatch.setattr(gpu, "cases", lambda device, quick: [case])
+    monkeypatch.setattr(gpu, "tests_state", lambda: "state")
+    assert gpu.main(["--tests"]) == gpu.main([]) == 0
+    assert path.read_bytes() == stored
+    assert "0 cases to measure" in capsys.readouterr().out
+    # With other code the tests count for nothing, and that is told; the figures stay those of the first day.
+    monkeypatch.setattr(gpu, "tests_state", lambda: "another")
+    assert gpu.main(["--tests"]) == 0
+    assert results.load(path) == {**held, "tests": "not run"}
+
+
 def test_bench_results_file_has_the_gpus_name(gpu):
     assert gpu.results_file("NVIDIA H200").name == "NVIDIA-H200.json"
 
@@ -678,7 +735,8 @@ def test_checkout_without_installation(tmp_path, cwd):
         f"import sys, subprocess; sys.path.insert(0, {str(tmp_path / 'copy' / 'bench')!r}); import checkout\n"
         "import fastconv.reference.ops, fastconv.kernels, fastconv.ops\n"
         "print(fastconv.__file__, fastconv.kernels.__file__)\n"
-        "code = 'import fastconv.kernels; print(fastconv.__file__, fastconv.kernels.__file__)'\n"
+        "code = 'import fastconv, importlib.util; print(fastconv.__file__); '\n"
+        "code += 'print(importlib.util.find_spec(\"fastconv.kernels\").origin)'  # not imported: torch takes its time\n"
         "print(subprocess.run([sys.executable, '-c', code], cwd='..', capture_output=True, text=True).stdout)\n"
     )
     where = tmp_path / "copy" if cwd == "the root" else tmp_path

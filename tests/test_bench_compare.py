@@ -13,7 +13,8 @@ import torch
 from made_results import made_results, model_record, op_record
 
 from fastconv import cli
-from fastconv.bench import compare, layer_norm_cases, roofs, run
+from fastconv.bench import compare, layer_norm_cases, run
+from fastconv.bench.roofs import Roofs
 from fastconv.bench.shapes import Place
 
 CPU = torch.device("cpu")
@@ -28,14 +29,15 @@ def record(**changes):
     return op_record("layer_norm", "BERT base", "infer", 8, 512, cuda=False) | changes
 
 
-def scaled(record, by, labels=("fastconv",)):
-    """The same case where some labels take `by` times as long."""
+def scaled(record, by, labels=("fastconv",), kind=""):
+    """The same case where some labels take `by` times as long; kind: "graph_" of their replays, "host_" of the CPU."""
     found = copy.deepcopy(record)
+    seconds, ratios = found[f"{kind}seconds"], found[f"{kind}ratios"]
     for label in labels:
-        found["seconds"][label] = {k: by * v for k, v in found["seconds"][label].items()}
-    for label, ratio in found["ratios"].items():
+        seconds[label] = {k: by * v for k, v in seconds[label].items()}
+    for label, ratio in ratios.items():
         factor = (by if label in labels else 1) / (by if "fastconv" in labels else 1)
-        found["ratios"][label] = {k: factor * v for k, v in ratio.items()}
+        ratios[label] = {k: factor * v for k, v in ratio.items()}
     return found
 
 
@@ -53,7 +55,7 @@ def measured(monkeypatch):
     """Measures a small case on the CPU, with an op of one's own or as it is."""
     case = layer_norm_cases.LayerNormCase(Place("", 4, 64), torch.float32, "infer", channels=384, fused=False)
     right = layer_norm_cases.layer_norm
-    rates = roofs.measure(CPU, quick=True)
+    rates = Roofs(1e10, {"float32": 1e11})
 
     def measure(op=right):
         monkeypatch.setattr(layer_norm_cases, "layer_norm", op)
@@ -139,7 +141,9 @@ def test_compare_on_a_gpu_needs_time_and_ratios():
     base = op_record("layer_norm", "BERT base", "infer", 8, 512)
 
     def judged(other):
-        return only(compare.compare(results(base), results(other)))
+        time, *others = compare.compare(results(base), results(other)).findings
+        assert time.label == "fastconv" and {found.verdict for found in others} == {"same"}
+        return time
 
     slower = judged(scaled(base, 1.3))
     assert slower.verdict == "slower" and slower.change == pytest.approx(0.3)
@@ -147,6 +151,47 @@ def test_compare_on_a_gpu_needs_time_and_ratios():
     assert judged(scaled(base, 0.7, labels=("torch", "torch compile", "copy"))).verdict == "same"
     alone = {**scaled(base, 1.3), "ratios": {}}
     assert judged(alone).verdict == "slower" and "time alone" in judged(alone).by
+
+
+ON_A_GPU = {"graph_": "fastconv, graph replay", "host_": "fastconv, cost on the CPU"}
+
+
+@pytest.mark.parametrize("kind", ON_A_GPU)
+def test_compare_finds_a_slower_replay_and_a_dearer_call(kind):
+    base = op_record("layer_norm", "BERT base", "infer", 8, 512)
+    everybody = tuple(base[f"{kind}seconds"])
+
+    def changed(by, **options):
+        found = compare.compare(results(base), results(scaled(base, by, kind=kind, **options)))
+        assert len(found.findings) == 1 + len(ON_A_GPU)
+        return [finding for finding in found.findings if finding.verdict != "same"]
+
+    (slower,), (faster,) = changed(1.3), changed(0.7)
+    assert (slower.label, slower.verdict, faster.verdict) == (ON_A_GPU[kind], "slower", "faster")
+    assert slower.change == pytest.approx(0.3) and "torch +30 %" in slower.by and "copy +30 %" in slower.by
+    # The card or its CPU is slower, or the rivals are faster, or it is within the spread.
+    assert changed(1.3, labels=everybody) == changed(0.7, labels=everybody[1:]) == changed(1.04) == []
+
+
+def test_compare_tells_of_a_graph_that_is_lost():
+    base = op_record("layer_norm", "BERT base", "infer", 8, 512)
+    lost = copy.deepcopy(base)
+    del lost["graph_seconds"]["fastconv"]
+    lost["graph_ratios"] = {}
+    (finding,) = (f for f in compare.compare(results(base), results(lost)).findings if f.verdict != "same")
+    assert (finding.label, finding.verdict) == ("fastconv, graph replay", "not judged")
+    lost["uncaptured"] = {"fastconv": "RuntimeError: operation not permitted when stream is capturing"}
+    (finding,) = compare.compare(results(base), results(lost)).regressions
+    assert (finding.label, finding.verdict) == ("fastconv, graph replay", "wrong")
+    assert finding.by.startswith("failed: RuntimeError: operation not permitted")
+    # Of a way that failed as a whole that is enough.
+    for kind in ("seconds", "graph_seconds", "host_seconds"):
+        base[kind]["fastconv compile"] = base[kind]["fastconv"]
+    lost["broken"] = {"fastconv compile": "RuntimeError: no compiler"}
+    found = [f for f in compare.compare(results(base), results(lost)).findings if "compile" in f.label]
+    assert [(f.label, f.verdict, f.by) for f in found] == [
+        ("fastconv compile", "wrong", "failed: RuntimeError: no compiler")
+    ]
 
 
 def test_compare_of_other_versions_counts_the_copy_alone():

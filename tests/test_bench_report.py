@@ -15,6 +15,8 @@ import pytest
 from made_results import COPY, SHAPES, made_results, model_record, op_record
 
 from fastconv.bench import html_report, plots
+from fastconv.bench.plots import picture
+from fastconv.bench.plots.plot import Marks
 from fastconv.bench.records import variant
 
 pytest.importorskip("matplotlib", reason="draws the plots")
@@ -103,8 +105,8 @@ def test_report_has_every_figure_of_an_op(parsed):
     assert cells["over copy"].startswith("0.90x")
     assert cells["% of roof"] == f"{100 * record['of_roof']:.0f} % copy" == "57 % copy"
     assert cells["GB/s"] == "1,716" and cells["TFLOP/s"] == "24.0"
-    assert cells["host, us a call"] == "11.0 HF 27.5 torch compile 27.5"
-    assert cells["graph replay, ms"] == "0.00733 HF 0.0807 torch compile 0.0220"
+    assert cells["host, us a call"] == "11.0 HF 27.5 torch compile 27.5 copy 27.5"
+    assert cells["graph replay, ms"] == "0.00733 HF 0.0807 torch compile 0.0220 copy 0.00660"
     assert cells["peak memory, MB"] == "6.29 HF 69.2 torch compile 18.9"
     assert cells["targets"].split() == ["HF", "1.5x:", "11.00x,", "reached", "copy", "0.85x:", "0.90x,", "reached"]
 
@@ -142,8 +144,10 @@ def test_report_shows_broken_and_absent_rivals(parsed):
     assert parsed.row("layer_norm infer BERT base 1x32 bfloat16")[1]["over torch compile"].startswith("1.02x")
     without = copy.deepcopy(RESULTS["records"][BROKEN])
     del without["broken"]
+    without["uncaptured"] = {"HF": "RuntimeError: a copy to the host"}
     found = Page(html_report.page(results(without, op_record("layer_norm", "BERT base", "infer", 1, 32))))
     assert found.row(BROKEN)[1]["over torch compile"] == ""
+    assert "HF has no CUDA graph: RuntimeError: a copy to the host" in found.row(BROKEN)[1]["case"]
 
 
 def test_report_leaves_out_columns_without_data(undrawn):
@@ -201,7 +205,7 @@ def test_report_escapes_what_comes_from_a_file():
 
 
 def test_report_without_matplotlib(monkeypatch, tmp_path):
-    monkeypatch.setattr(plots, "find_spec", lambda name: None)
+    monkeypatch.setattr(picture, "find_spec", lambda name: None)
     html_report.write(RESULTS, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert 'No plots: plots need matplotlib, which is not installed: pip install "fastconv[bench]"' in html.unescape(
@@ -229,7 +233,7 @@ def lines(plot):
     from matplotlib.figure import Figure
 
     axes = Figure().subplots()
-    plot.panels[0].draw(axes, plots._Marks())
+    plot.panels[0].draw(axes, Marks())
     return [list(zip(*line.get_data(), strict=True)) for line in axes.lines]
 
 
@@ -494,6 +498,6 @@ def test_what_the_browser_says_of_a_bad_report(tmp_path, undrawn):
 
 @browser
 def test_a_script_error_of_the_report_shows(tmp_path, monkeypatch, undrawn):
-    monkeypatch.setattr(html_report, "_SCRIPT", html_report._SCRIPT + "\nundefined.planted;")
+    monkeypatch.setattr(html_report, "SCRIPT", html_report.SCRIPT + "\nundefined.planted;")
     _, console = opened(tmp_path, html_report.page(RESULTS))
     assert any("planted" in line for line in console)

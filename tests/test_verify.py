@@ -18,7 +18,8 @@ from fastconv import models, parity
 from fastconv.nn import padding_free
 from fastconv.nn.attention import SelfAttention
 from fastconv.nn.feed_forward import ResidualOutput
-from fastconv.parity import measure, paths, progress, results
+from fastconv.parity import measure, paths, results
+from fastconv.progress import ProgressBar
 from fastconv.tolerance import Comparison
 
 TRANSFORMERS = importlib.util.find_spec("transformers") is not None
@@ -356,19 +357,18 @@ def test_importing_the_command_line_is_light():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("tqdm", [True, False])
-def test_progress_bar_on_a_terminal(monkeypatch, tqdm):
+def test_progress_bar_on_a_terminal(monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):
             return True
 
-    if tqdm:
-        pytest.importorskip("tqdm", reason="the package tqdm is not installed")
-    else:
-        monkeypatch.setitem(sys.modules, "tqdm", None)
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    with progress.ProgressBar() as bar:
+    monkeypatch.setenv("COLUMNS", "50")
+    with ProgressBar() as bar:
         bar("timing: fastconv", 3, 9)
-    assert "timing: fastconv" in terminal.getvalue() and "3/9" in terminal.getvalue()
-    assert terminal.getvalue().endswith(("\r", "\x1b[K")), "the bar is cleared"
+        bar("timing: a path with a name that is long", 4, 9)
+    first, second, cleared = terminal.getvalue().split("\r\x1b[K")[1:]
+    assert first == f"|{'#' * 6:<20}| 3/9 timing: fastconv" and cleared == ""
+    # 49 characters: what stands on a second line couldn't be taken away.
+    assert second == f"|{'#' * 8:<20}| 4/9 timing: a path with a "

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from fastconv.commands import InputError, telling_bad_input, telling_memory
+from fastconv.progress import StatusLine, bar
 
 if TYPE_CHECKING:
     from fastconv.tasks import Pipeline
@@ -27,7 +28,6 @@ TASKS = (
     "text-generation",
     "feature-extraction",
 )
-_BAR_WIDTH = 30
 _BREAKS = str.maketrans("\t\r\n", "   ")
 _DESCRIPTION = """\
 Run a task over texts: arguments, the lines of a file, or those of stdin. The results come in the
@@ -156,20 +156,20 @@ def _run(args: argparse.Namespace, command: str) -> int:
         windows = lines.from_file(file, name, parse, pipe.window, skip if args.skip_empty else None)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-    bar = _ProgressBar(file)
+    counter = _Counter(file)
     both_on_terminal = sys.stdout.isatty()
     try:
         with telling_memory("--batch-size"):
             for result in _results(pipe, windows):
                 line = _as_json(result) if args.json else _as_lines(result, pipe)
                 if both_on_terminal:
-                    bar.clear()
+                    counter.clear()
                 print(line, flush=True)
-                bar.count()
+                counter.count()
     except ItemError as error:
         raise InputError(str(error)) from error
     finally:
-        bar.clear()
+        counter.clear()
         if file is not None and not from_stdin:
             file.close()
     if skipped:
@@ -210,14 +210,13 @@ def _as_value(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value).translate(_BREAKS)
 
 
-class _ProgressBar:
-    """How far it is, on stderr if that is a terminal, at most ten times a second."""
+class _Counter(StatusLine):
+    """How many texts are done and how much of the file is read, at most ten times a second."""
 
     def __init__(self, file: BinaryIO | None) -> None:
-        self._terminal = sys.stderr.isatty()
+        super().__init__()
         self._file = file
-        self._size = _size(file) if self._terminal else 0
-        self._shown = False
+        self._size = _size(file) if self.on_terminal else 0
         self._done = 0
         self._start = self._told = time.monotonic()
 
@@ -225,21 +224,13 @@ class _ProgressBar:
         """One more text is done."""
         self._done += 1
         now = time.monotonic()
-        if self._terminal and now - self._told > 0.1:
-            bar = ""
+        if self.on_terminal and now - self._told > 0.1:
+            read = ""
             if self._size and self._file is not None:
                 share = min(self._file.tell() / self._size, 1.0)
-                bar = f"|{'#' * int(share * _BAR_WIDTH):<{_BAR_WIDTH}}| {share:.0%} read, "
-            sys.stderr.write(f"\r\x1b[K{bar}{self._done:,} texts, {self._done / (now - self._start):,.0f} a second")
-            sys.stderr.flush()
-            self._told, self._shown = now, True
-
-    def clear(self) -> None:
-        """Take the line away, so that something else can be written."""
-        if self._shown:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
-            self._shown = False
+                read = f"{bar(share)} {share:.0%} read, "
+            self.show(f"{read}{self._done:,} texts, {self._done / (now - self._start):,.0f} a second")
+            self._told = now
 
 
 def _size(file: BinaryIO | None) -> int:

@@ -57,7 +57,7 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace, command: str) -> int:
-    from fastconv.parity.progress import ProgressBar
+    from fastconv.progress import ProgressBar
 
     with telling_bad_input():
         _check_files(args)
