@@ -66,7 +66,7 @@ def _run(args: argparse.Namespace, command: str) -> int:
     with telling_bad_input():
         device, path = _device(), _path(args.out)
         from fastconv import tuning
-        from fastconv.parity.progress import ProgressBar
+        from fastconv.progress import ProgressBar
     try:
         with telling_bad_input(), telling_memory("--batch or --length"):
             search = tuning.Search(_asked(args, device), path, device, command=command, again=args.again)

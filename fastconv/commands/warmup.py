@@ -56,7 +56,7 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace, command: str) -> int:
-    from fastconv.parity.progress import ProgressBar
+    from fastconv.progress import ProgressBar
 
     with telling_bad_input():
         from fastconv.parity import environment
