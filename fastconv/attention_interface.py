@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from typing import Any
 
@@ -47,6 +48,7 @@ def register_attention() -> None:
             f"register_attention needs transformers 4.57 or newer, got {transformers.__version__}, which has no "
             "AttentionInterface"
         )
+    importlib.import_module("transformers.masking_utils")
     transformers.AttentionInterface.register(_NAME, _attention)
     transformers.AttentionMaskInterface.register(_NAME, _mask)
 
@@ -179,8 +181,7 @@ def _mask(**arguments: Any) -> torch.Tensor | None:
 
     Of a bidirectional model it is one row for all queries, expanded in no memory.
     """
-    from transformers import masking_utils
-
+    masking_utils = sys.modules["transformers.masking_utils"]  # torch 2.11 can't trace the import
     config, queries = arguments.get("config"), arguments.get("q_length")
     if config is not None and not _reaches(type(config)):
         raise ValueError(
