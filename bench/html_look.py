@@ -118,6 +118,9 @@ const choose = () => {
     row.hidden = !fits;
     shown += fits;
   }
+  for (const part of document.querySelectorAll("details.cases")) {
+    if (shown < cases.length && part.querySelector("tr.case:not([hidden])")) part.open = true;
+  }
   form.querySelector("output").textContent = shown === cases.length ? "" : shown + " of " + cases.length + " cases";
 };
 form.addEventListener("input", choose);

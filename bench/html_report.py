@@ -20,6 +20,8 @@ from fastconv.bench.plots import Plot
 from fastconv.bench.records import is_model, rivals, si, subject
 from fastconv.bench.results import Record, Results
 
+_LONG = 25  # cases of a table that is folded, until a filter finds some of them
+
 
 def write(results: Results, path: str | os.PathLike[str]) -> None:
     """Write the report. Without matplotlib it has no plots, and says so.
@@ -193,4 +195,7 @@ def _section(name: str, records: list[Record], drawn: list[Plot], results: Resul
             f"<details><summary>{len(folded)} more maps, over other rivals</summary>"
             f'<div class="plots">{"".join(map(_figure, folded))}</div></details>'
         )
-    return f'<section id="{_anchor(name)}"><h2>{escape(name)}</h2>{pictures}{case_table(records, results)}</section>\n'
+    table = case_table(records, results)
+    if len(records) > _LONG:
+        table = f'<details class="cases"><summary>{len(records)} cases</summary>{table}</details>'
+    return f'<section id="{_anchor(name)}"><h2>{escape(name)}</h2>{pictures}{table}</section>\n'

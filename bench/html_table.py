@@ -32,7 +32,7 @@ def case_table(records: list[Record], results: Results) -> str:
         else:
             rest = row_of([make(record) for _, make in columns])
         rows.append(
-            f'<tr data-case="{escape(record["case"].lower())}" class="case {" ".join(marks)}">{case}{rest}</tr>'
+            f'<tr data-case="{escape(record["case"].lower())}" class="{" ".join(["case", *marks])}">{case}{rest}</tr>'
         )
     head = heading(["case", *(head for head, _ in columns)])
     return f'<div class="scroll"><table><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table></div>'
@@ -116,7 +116,7 @@ def _milliseconds(record: Record) -> Cell:
     title = escape(f"{record.get('rounds', '?')} rounds, {record.get('date', '')}")
     return (
         1e3 * spread["median"],
-        f'<b title="{title}">{_digits(1e3 * spread["median"])}</b><small>{_spread(spread, 1e3)}</small>',
+        f'<b title="{title}">{_digits(1e3 * spread["median"])}</b>{_below([_spread(spread, 1e3)])}',
     )
 
 
@@ -125,17 +125,17 @@ def _variant(record: Record, label: str) -> Cell:
     spread = record["seconds"].get(label)
     if spread is None:
         return None, ""
-    return 1e3 * spread["median"], f"{_digits(1e3 * spread['median'])} ms<small>{_spread(spread, 1e3)}</small>"
+    return 1e3 * spread["median"], f"{_digits(1e3 * spread['median'])} ms{_below([_spread(spread, 1e3)])}"
 
 
 def _against(record: Record, label: str) -> Cell:
     ratio, seconds = record["ratios"].get(label), record["seconds"].get(label)
     if ratio is None:
         return None, "<span class=failed>failed</span>" if label in record.get("broken", {}) else ""
-    text = f"<b>{ratio_text(ratio['median'])}</b><small>{ratio['low']:.2f} to {ratio['high']:.2f}</small>"
+    lines = [f"{ratio['low']:.2f} to {ratio['high']:.2f}"]
     if seconds is not None:
-        text += f"<small>{_digits(1e3 * seconds['median'])} ms</small>"
-    return ratio["median"], text
+        lines.append(f"{_digits(1e3 * seconds['median'])} ms")
+    return ratio["median"], f"<b>{ratio_text(ratio['median'])}</b>{_below(lines)}"
 
 
 def _of_roof(record: Record) -> Cell:
@@ -162,12 +162,13 @@ def _labelled(found: Mapping[str, float] | None, scale: float) -> Cell:
         return None, ""
     own = found.get("fastconv")
     first = "-" if own is None else f"<b>{_digits(scale * own)}</b>"
-    rest = "".join(
-        f"<small>{escape(label)} {_digits(scale * value)}</small>"
-        for label, value in found.items()
-        if label != "fastconv"
-    )
-    return (None if own is None else scale * own), first + rest
+    rest = [f"{escape(label)} {_digits(scale * value)}" for label, value in found.items() if label != "fastconv"]
+    return (None if own is None else scale * own), first + _below(rest)
+
+
+def _below(lines: list[str]) -> str:
+    """Small lines of HTML below a cell's figure; one element, since a report has tens of thousands of cells."""
+    return f"<small>{'<br>'.join(lines)}</small>" if lines else ""
 
 
 def targets_reached(records: Iterable[Record]) -> tuple[int, int]:

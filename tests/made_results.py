@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
+from fastconv.bench.cases import cases
+from fastconv.bench.run import _identity
+
 COPY, MATMUL = 3.0e12, {"bfloat16": 6.0e14, "float32": 4.0e13}
 # op -> bytes and operations a token and channel of its forward, and how many times slower its rivals are
 _OPS = {
@@ -103,6 +108,26 @@ def model_record(model: str, direction: str, batch: int, length: int, lengths: s
         "targets": {"HF": 1.8, "HF compile": 1.3, "HF / fastconv remove": 3.0, "HF memory": 2.5},
         **energy,
     }  # fmt: skip
+
+
+def full_plan() -> dict[str, Any]:
+    """Every case that is measured on a GPU; each rival twice as slow as fastconv."""
+    device = torch.device("cuda")
+    found = {}
+    for case in cases(device):
+        rivals = dict.fromkeys(case.labels(device)[1:], 2.0)
+        identity = _identity(case)
+        record = {
+            **identity,
+            **_timed(1e-4, rivals, True),
+            "bytes_per_s": 1e12, "flops_per_s": 1e14, "roof": "copy", "of_roof": 0.5,
+            "peak_bytes": dict.fromkeys(("fastconv", *rivals), identity["bytes"]),
+            "targets": case.targets,
+        }  # fmt: skip
+        if record["kind"] == "model":
+            record["tokens_per_s"] = dict.fromkeys(("fastconv", *rivals), record["tokens"] / 1e-4)
+        found[case.name] = record
+    return {**made_results(), "records": found}
 
 
 def made_results(*, cuda: bool = True) -> dict[str, Any]:

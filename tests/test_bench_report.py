@@ -12,7 +12,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from made_results import COPY, SHAPES, made_results, model_record, op_record
+from made_results import COPY, SHAPES, full_plan, made_results, model_record, op_record
 
 from fastconv.bench import html_report, plots
 from fastconv.bench.plots import picture
@@ -72,6 +72,9 @@ class Page(HTMLParser):
 
     def row(self, case):
         return self.rows[case.lower()]
+
+
+DRAWN = plots.plots
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +189,7 @@ NASTY = "<script>alert(1)</script> \"'>&amp; $\\frac{1}{2}$ -->"
 
 
 def test_report_escapes_what_comes_from_a_file():
-    records = [op_record("layer_norm", "BERT base", "infer", 1, length) for length in (32, 128)]
+    records = [op_record("layer_norm", "BERT base", "infer", 1, length) for length in (32, 128, 512)]
     for record in records:
         for key in ("case", "op", "model"):
             record[key] = f"{record[key]} {NASTY}"
@@ -201,7 +204,7 @@ def test_report_escapes_what_comes_from_a_file():
     assert "alert(1)" not in re.sub(r"&lt;script&gt;alert\(1\)&lt;/(<wbr>)?script&gt;", "", page)
     assert "".join(found.text).count(NASTY) > 20
     names = {attrs["id"] for tag, attrs in found.tags if tag == "figure"}
-    assert len(names) == 6 and all(re.fullmatch(r"[a-z0-9.-]+", name) for name in names)
+    assert len(names) == 5 and all(re.fullmatch(r"[a-z0-9.-]+", name) for name in names)
 
 
 def test_report_without_matplotlib(monkeypatch, tmp_path):
@@ -238,13 +241,25 @@ def lines(plot):
 
 
 def test_plots_speed_up_by_batch_and_length():
-    found, _ = drawn(*(op_record("span_dynamic_conv", "ConvBERT base", "infer", *shape) for shape in SHAPES))
+    records = [op_record("span_dynamic_conv", "ConvBERT base", "infer", *shape) for shape in SHAPES]
+    found, missing = drawn(*records)
     svg = found["heat-span-dynamic-conv-infer-bfloat16-vs-hf"]
     assert "span_dynamic_conv infer ConvBERT base 8x512 bfloat16: 11.00x of HF (10.78 to 11.33)" in titles(svg)
     assert len(titles(svg)) == len(SHAPES)
     assert svg.count(">11x<") == 2 and svg.count(">4.08x<") == 1 and svg.count(">-<") == 2
-    assert "heat-span-dynamic-conv-infer-bfloat16-vs-torch-compile" in found
     assert not any("copy" in name for name in found)
+
+    # Over other rivals than the first: all if nobody has set a target, else those that a target names.
+    def maps() -> list[str]:
+        return [plot.name.rpartition("-vs-")[2] for plot in plots.plots(results(*records))[0] if plot.kind == "heat"]
+
+    assert maps() == ["hf"]
+    assert missing[-1].startswith("Speed-up by batch and length: some over torch compile, which are no case's first")
+    records[0]["targets"]["torch compile"] = 1.5
+    assert maps() == ["hf", "torch-compile"]
+    for record in records:
+        record["targets"] = {}
+    assert maps() == ["hf", "torch-compile"]
 
 
 def test_plots_keep_variants_of_an_op_apart():
@@ -300,6 +315,7 @@ def test_plots_latency_and_memory():
     records = [op_record("masked_attention", "BERT base", "infer", 1, length) for length in (512, 32, 128)]
     records += [op_record("masked_attention", "BERT base", "infer", 8, length) for length in (128, 512)]
     records[0]["peak_bytes"]["SDPA flash"] = None  # could not be measured
+    records[1]["peak_bytes"]["matmul"] = 1000  # it computes something else
     found, _ = drawn(*records)
     latency = titles(found["latency-masked-attention"])
     seconds = {r["length"]: 1e6 * r["seconds"]["HF"]["median"] for r in records[:3]}
@@ -308,6 +324,7 @@ def test_plots_latency_and_memory():
     own = ["fastconv", "HF", "SDPA flash"]
     assert sorted(labels) == sorted([*own, *(f"{label}, graph replay" for label in own)])
     memory = titles(found["memory-masked-attention"])
+    assert not any(title.startswith("matmul") for title in memory)
     assert "fastconv, by length: 32: 0.0492 MB, 128: 0.197 MB, 512: 0.786 MB" in memory
     assert "SDPA flash, by length: 32: 0.0482 MB, 128: 0.193 MB" in memory
     assert "inference: BERT base, bfloat16, batch 1" in found["memory-masked-attention"]
@@ -331,13 +348,28 @@ def test_plots_of_models_mark_targets():
     assert strokes == [(pytest.approx(goal * rates[slow]), row[fast]) for goal, slow, fast in wanted]
 
 
+def test_plots_of_models_show_the_cases_that_tell_most():
+    few = [model_record("ConvBERT base", "infer", batch, 128) for batch in range(1, 11)]
+    many = [model_record("BERT base", "infer", batch, length) for length in (32, 512) for batch in range(1, 9)]
+    for record in many:
+        record["targets"] = {"HF": 1.8} if record["batch"] == 5 or record["case"].endswith(" 3x32 bfloat16") else {}
+    of_few, of_many = (plot for plot in plots.plots(results(*few, *many))[0] if plot.kind == "tokens")
+    assert of_few.panels[0].title == "inference, bfloat16"
+    assert of_few.title == "ConvBERT base: tokens a second"
+    assert of_many.panels[0].title == "inference, bfloat16: 7 of 16 cases"
+    assert of_many.title.startswith("BERT base: tokens a second\nof many cases those with targets, then of each")
+    shown = {title.partition(",")[0] for title in titles(plots.svg(of_many)) if title.endswith("tokens/s")}
+    shapes = ("1x32", "3x32", "5x32", "8x32", "1x512", "5x512", "8x512")
+    assert shown == {f"model infer BERT base {shape} bfloat16" for shape in shapes}
+
+
 def test_plots_without_data_are_left_out_in_words():
     one = op_record("layer_norm", "BERT base", "infer", 8, 512)
     found, missing = drawn(one)
     assert list(found) == ["roofline-bfloat16"]
     assert missing == [
         "Tokens a second: no whole model was measured",
-        "Speed-up by batch and length: left out for layer_norm: no rival was timed on two shapes of one model",
+        "Speed-up by batch and length: left out for layer_norm: no rival was timed on three shapes of one model",
         "Latency of batch 1: left out for layer_norm: batch 1 was not measured at two lengths",
         "Peak memory by length: left out for layer_norm: peaks are not known at two lengths of one batch",
     ]
@@ -353,7 +385,7 @@ def test_plots_without_data_are_left_out_in_words():
 def test_plots_are_the_same_every_time_and_share_no_ids():
     records = [op_record("layer_norm", "BERT base", "infer", *shape) for shape in SHAPES]
     found, again = drawn(*records)[0], drawn(*records)[0]
-    assert found == again and len(found) == 5
+    assert found == again and len(found) == 4
     ids = [found_id for svg in found.values() for found_id in re.findall(r'\bid="(.*?)"', svg)]
     assert len(ids) == len(set(ids))
     for svg in found.values():
@@ -382,6 +414,16 @@ def test_plots_png(tmp_path):
         plots.png(chosen, tmp_path, names=["roofline-bfloat16", "nothing"])
 
 
+def test_report_of_a_whole_gpu_is_short_enough_to_read(undrawn):
+    every = full_plan()
+    found = DRAWN(every)[0]
+    assert len(found) < 140
+    assert max(sum(panel.height for panel in plot.panels) for plot in found) < 26  # inches, of which a phone shows 10
+    (largest,) = (plot for plot in found if plot.name == "roofline-bfloat16")
+    assert len(plots.svg(largest)) < 1.2e5
+    assert len(html_report.page(every)) < 2.5e6
+
+
 # In a browser
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -393,6 +435,16 @@ PHONE = """<!DOCTYPE html><body style="margin:0">
 const frame = document.querySelector("iframe");
 frame.onload = () => {
   const page = frame.contentDocument, seen = {};
+  const filter = page.querySelector("form.filter"), words = filter.querySelector("input");
+  const change = (element, value) => {
+    element.value = value;
+    element.dispatchEvent(new Event("input", { bubbles: true }));
+  };
+  const folded = () => [...page.querySelectorAll("details.cases")].filter((part) => !part.open).length;
+  seen.folded = [folded()];
+  change(words, "layer_norm 8x512");
+  seen.folded.push(folded());
+  change(words, "");
   for (const part of page.querySelectorAll("details")) part.open = true;
   seen.width = [page.documentElement.scrollWidth, page.documentElement.clientWidth];
   seen.plots = {};
@@ -408,11 +460,6 @@ frame.onload = () => {
   }
   const shown = (row) => row.offsetHeight > 0;
   const cases = () => [...page.querySelectorAll("tr.case")].filter(shown).map((row) => row.dataset.case);
-  const filter = page.querySelector("form.filter"), words = filter.querySelector("input");
-  const change = (element, value) => {
-    element.value = value;
-    element.dispatchEvent(new Event("input", { bubbles: true }));
-  };
   seen.all = cases().length;
   change(words, "Attention 8x512");
   seen.filtered = cases();
@@ -467,6 +514,7 @@ def test_report_in_a_browser_on_a_phone(tmp_path, page):
         assert plot["size"][0] > 300 and plot["size"][1] > 100, name
         assert plot["marks"] >= 2 and plot["empty"] == plot["outside"] == 0, (name, plot)
 
+    assert seen["folded"] == [2, 1]  # of layer_norm and masked_attention; what a filter finds unfolds
     assert seen["all"] == len(RESULTS["records"])
     assert len(seen["filtered"]) == 4 and all("attention" in case and "8x512" in case for case in seen["filtered"])
     assert seen["red"] == [RED.lower()]

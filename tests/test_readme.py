@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_results import full_plan
 
 from fastconv.bench import readme, results
 from fastconv.parity.results import Verification
@@ -51,6 +52,37 @@ def test_readme_plots_are_of_the_results():
     for path, found in readme._measured():
         pictures = list(path.with_suffix("").glob("*.png"))
         assert pictures and {image.open(each).text["Source"] for each in pictures} == {results.digest(found)}
+
+
+def test_readme_of_a_gpu_shows_the_cases_that_tell_most(monkeypatch, tmp_path):
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    owed = readme.owed()
+    every = full_plan()
+    first = next(iter(every["records"].values()))
+    first["red"] = {"y": "max error nan"}
+    results.save(tmp_path / "gpu.json", every)
+    page = readme.bench()
+    shown = [line.split(" | ")[0].removeprefix("| ") for line in page.splitlines()[2:] if line.startswith("| ")]
+    assert 50 <= len(shown) <= 70 and first["case"] not in shown
+    of_ops = [case.startswith("model ") for case in shown].index(False)
+    assert 30 < of_ops < 40 and not any(case.startswith("model ") for case in shown[of_ops:])
+    for case, there in {
+        "model infer ConvBERT base 1x128 bfloat16": True,
+        "model step ConvBERT base SequenceClassification 1x128 bfloat16": False,
+        "model step BERT large SequenceClassification 64x512 bfloat16": True,
+        "model infer ConvBERT base 64x512 text bfloat16": True,
+        "model infer BERT base 64x512 text bfloat16": False,
+        "model infer BERT base 8x512 float16": False,
+        "model infer BERT base 16x512 bfloat16": False,
+        "conv_branch step 8x512 6x64 k9 bfloat16": True,
+        "conv_branch step 8x512 text 6x64 k9 bfloat16": False,
+        "conv_branch fwd 64x512 6x64 k9 bfloat16": False,
+    }.items():
+        assert case in every["records"] and (case in shown) == there, case
+    goals = [(r, name, goal) for r in every["records"].values() for name, goal in r["targets"].items()]
+    reached = sum(name in r["ratios"] and goal <= 2 for r, name, goal in goals)
+    assert f"({reached} of the {len(goals)} targets of all cases are reached)" in page
+    assert "SDPA flash 1x" in owed and "SDPA flash 1x" not in readme.owed()
 
 
 def test_readme_links_to_files_that_exist():

@@ -33,9 +33,8 @@ def memory(records: list[Record], missing: list[str]) -> Iterator[Plot]:
     """One plot for each subject whose peaks are known; adds to `missing` what has none."""
 
     def curves(record: Record) -> dict[str, dict[str, float]]:
-        return {
-            label: dict.fromkeys(("median", "low", "high"), size) for label, size in peaks(record).items() if size > 0
-        }
+        found = {label: size for label, size in peaks(record).items() if size > 0 and label not in ROOFS}
+        return {label: dict.fromkeys(("median", "low", "high"), size) for label, size in found.items()}
 
     yield from _by_length("memory", records, records, curves, missing, 1e-6, "MB")
 

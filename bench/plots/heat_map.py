@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from fastconv.bench.plots.look import on_white
-from fastconv.bench.plots.plot import DIRECTIONS, Marks, Panel, Plot, left_out, listed, slug, subjects
+from fastconv.bench.plots.plot import DIRECTIONS, KINDS, Marks, Panel, Plot, left_out, listed, slug, subjects
 from fastconv.bench.records import rivals, variant
 from fastconv.bench.results import Record
 
@@ -18,9 +18,14 @@ _ON_DARK, _ON_LIGHT = "#ffffff", "#101418"  # numbers in cells, whose colours ar
 
 
 def heat_maps(records: list[Record], missing: list[str]) -> Iterator[Plot]:
-    """One plot for each subject, direction, dtype, lengths and rival; adds to `missing` what has none."""
+    """One plot for each subject, direction, dtype, lengths and rival; adds to `missing` what has none.
+
+    Of a subject with targets over the first rivals and those that a target of the map's cases names.
+    """
     without = []
+    others: dict[str, None] = {}
     for name, of_subject in subjects(records).items():
+        aims = any(record.get("targets") for record in of_subject)
         maps: dict[tuple[str, ...], dict[tuple[str, str], dict[tuple[int, int], Record]]] = {}
         for record in of_subject:
             for rival in rivals(record) if record.get("batch") and record.get("length") else ():
@@ -30,11 +35,14 @@ def heat_maps(records: list[Record], missing: list[str]) -> Iterator[Plot]:
                     cells[record["batch"], record["length"]] = record
         drawn = False
         for (direction, dtype, lengths, rival), models in maps.items():
-            # One cell alone is better read in the table.
-            models = {model: cells for model, cells in models.items() if len(cells) > 1}
+            # One or two cells are better read in the table.
+            models = {model: cells for model, cells in models.items() if len(cells) > 2}
+            wanted = {model: cells for model, cells in models.items() if not aims or _tells(rival, cells)}
+            if len(wanted) < len(models):
+                others[rival] = None
             text = ", real lengths" if lengths == "text" else ""
             panels = []
-            for model, cells in models.items():
+            for model, cells in wanted.items():
                 rows = len({batch for batch, _ in cells})
                 draw = functools.partial(_heat_map, cells=cells, rival=rival)
                 panels.append(Panel(listed(*model, besides=name), draw, 0.95 + 0.34 * rows))
@@ -49,7 +57,17 @@ def heat_maps(records: list[Record], missing: list[str]) -> Iterator[Plot]:
                 )
         if not drawn:
             without.append(name)
-    missing += left_out("heat", without, "no rival was timed on two shapes of one model")
+    missing += left_out("heat", without, "no rival was timed on three shapes of one model")
+    if others:
+        missing.append(
+            f"{KINDS['heat']}: some over {', '.join(others)}, which are no case's first rival there and in no target; "
+            "the tables have them"
+        )
+
+
+def _tells(rival: str, cells: dict[tuple[int, int], Record]) -> bool:
+    """Whether the rival is one of these cases' first, or in a target of theirs."""
+    return any(rival in rivals(record)[:1] or rival in record.get("targets", {}) for record in cells.values())
 
 
 def _heat_map(axes: Axes, marks: Marks, cells: dict[tuple[int, int], Record], rival: str) -> None:
@@ -67,7 +85,8 @@ def _heat_map(axes: Axes, marks: Marks, cells: dict[tuple[int, int], Record], ri
                 continue
             ratio = record["ratios"][rival]
             color = colors(norm(ratio["median"]))
-            cell = axes.add_patch(Rectangle((x - 0.48, y - 0.47), 0.96, 0.94, facecolor=color, edgecolor="none"))
+            patch = Rectangle((x - 0.48, y - 0.47), 0.96, 0.94, facecolor=color, edgecolor="none", clip_on=False)
+            cell = axes.add_patch(patch)
             marks.add(
                 cell,
                 f"{record['case']}: {ratio['median']:.2f}x of {rival} ({ratio['low']:.2f} to {ratio['high']:.2f})",

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+_MOST = 10  # cases of a panel: it is about as high as a phone
+_CHOSEN = "of many cases those with targets, then of each length the largest and the smallest batch"
+
+
 def tokens(records: list[Record], missing: list[str]) -> Iterator[Plot]:
     """One plot for each model, one panel a direction and dtype; adds to `missing` why there is none."""
     models = subjects(r for r in records if is_model(r))
@@ -25,18 +29,38 @@ def tokens(records: list[Record], missing: list[str]) -> Iterator[Plot]:
         for record in of_model:
             if record.get("tokens_per_s"):
                 by_direction.setdefault((record["direction"], record["dtype"]), []).append(record)
-        panels = [
-            Panel(
-                f"{DIRECTIONS[direction]}, {dtype}",
-                functools.partial(_bars, records=chosen),
-                0.75 + sum(0.19 * len(r["tokens_per_s"].keys() - ROOFS) + 0.12 for r in chosen),
+        panels = []
+        for (direction, dtype), found in by_direction.items():
+            chosen = _telling(found)
+            share = f": {len(chosen)} of {len(found)} cases" if len(chosen) < len(found) else ""
+            panels.append(
+                Panel(
+                    f"{DIRECTIONS[direction]}, {dtype}{share}",
+                    functools.partial(_bars, records=chosen),
+                    0.75 + sum(0.19 * len(r["tokens_per_s"].keys() - ROOFS) + 0.12 for r in chosen),
+                )
             )
-            for (direction, dtype), chosen in by_direction.items()
-        ]
         if panels:
-            yield Plot("tokens", model, slug("tokens", model), f"{model}: tokens a second", tuple(panels))
+            some = f"\n{_CHOSEN}" if any(len(found) > _MOST for found in by_direction.values()) else ""
+            yield Plot("tokens", model, slug("tokens", model), f"{model}: tokens a second{some}", tuple(panels))
         else:
             missing += left_out("tokens", [model], "no case has tokens a second")
+
+
+def _telling(records: list[Record]) -> list[Record]:
+    """At most _MOST of them, as _CHOSEN says, in their order."""
+    if len(records) <= _MOST:
+        return records
+    by_length: dict[tuple[str, int], list[int]] = {}
+    for index in sorted(range(len(records)), key=lambda i: -(records[i].get("batch") or 0)):
+        record = records[index]
+        length = record.get("length") or 0
+        by_length.setdefault((record.get("lengths", "full"), -length), []).append(index)
+    groups = [by_length[key] for key in sorted(by_length)]
+    ranked = [index for index, record in enumerate(records) if record.get("targets")]
+    ranked += [*(group[0] for group in groups), *(group[-1] for group in groups)]
+    kept = list(dict.fromkeys(ranked))[:_MOST]
+    return [records[index] for index in sorted(kept)]
 
 
 def _bars(axes: Axes, marks: Marks, records: list[Record]) -> None:
