@@ -7,6 +7,10 @@ import torch
 from fastconv.dispatch import use_triton
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+# Asked once, here: in a trace torch 2.11 has no answer.
+_AUTOCASTS = {
+    device for device in ("cpu", "cuda", "xpu", "mps", "hpu", "xla") if torch.amp.is_autocast_available(device)
+}
 
 
 def unobserved() -> bool:
@@ -32,16 +36,10 @@ def plain(tensor: torch.Tensor) -> bool:
     return type(tensor) in _PLAIN
 
 
-@torch.compiler.assume_constant_result
-def _has_autocast(device_type: str) -> bool:
-    # A function of its own: torch 2.11 breaks the graph where it is asked.
-    return torch.amp.is_autocast_available(device_type)
-
-
 def autocasting(x: torch.Tensor) -> bool:
     """Whether autocast applies to x now. Not every device knows of it (meta)."""
     device = x.device.type
-    return _has_autocast(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return device in _AUTOCASTS and torch.is_autocast_enabled(device) and x.dtype != torch.float64
 
 
 def autocast(t: torch.Tensor) -> torch.Tensor:
