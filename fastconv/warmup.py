@@ -3,49 +3,32 @@
 Triton compiles a kernel anew for other constants, launch options and types, and for what it makes use of in a number or
 an address: that it is 1, or a multiple of 16. A model fixes nearly all of that. What is left depends on the batch and
 the length by thresholds, which a tuned table may have anywhere, and where masks are read by what the length is a
-multiple of. So the model runs over a lattice of both that is close enough to come by every one of them, with
-launches noted instead of made; what was noted is compiled, and lies in Triton's cache for every process from then on.
+multiple of. So the model runs over a lattice of both that is close enough to come by every one of them, with every kind
+of arguments, and with launches noted instead of made; what was noted is compiled, and lies in Triton's cache for every
+process from then on.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import pkgutil
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastconv import dispatch
-from fastconv.graphs import Graphs
-from fastconv.swap import original_class
+from fastconv import calls, dispatch
+from fastconv.calls import Request
+from fastconv.dry_run import without_launches
 
 # Called with what is done next, the steps done and the steps in all.
 Progress = Callable[[str, int, int], None]
 # A variant's name: that of the kernel, and Triton's of what it is compiled for.
 Key = tuple[str, str]
-
-_OVER_VOCABULARY = ("ForMaskedLM", "ForPreTraining", "LMHeadModel", "ForCausalLM")
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a model is asked for: a batch (B, S).
-
-    padding: how many tokens an attention_mask hides, 0 or, if S is not 1, 1; None: there is none
-    typed: with token_type_ids
-    """
-
-    batch: int
-    length: int
-    padding: int | None
-    typed: bool
 
 
 @dataclass(frozen=True)
@@ -79,28 +62,37 @@ class Warmed:
     folder: str
 
 
-def warm_up(model: nn.Module, *, max_batch: int, max_length: int, progress: Progress | None = None) -> Warmed:
+def warm_up(
+    model: nn.Module,
+    *,
+    max_batch: int,
+    max_length: int,
+    autocast: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> Warmed:
     """Compile what an accelerated model's calls can ask for, up to a batch and a length; run some of these calls.
 
-    model: on a GPU, in the dtype that it will have. In eval mode its calls are those under torch.inference_mode(), a
-        decoder's with a cache too; in training mode those with gradients, and with loss_only=True
-    max_batch, max_length: of the requests; the length is in tokens, padding included
+    model: on a GPU, in the dtype that it will have. In eval mode its calls are those under torch.inference_mode() or
+        torch.no_grad(), in training mode those with gradients of all parameters. They have any of its arguments but
+        output_attentions, ids of int64, and labels with loss_only=True too; a decoder's are with and without a cache,
+        in inference with the next tokens one by one
+    max_batch, max_length: of the requests; the length is in tokens, padding and what a cache holds included
+    autocast: the dtype that torch.autocast gives the calls, None without it
     progress: called before each step
 
-    What other calls ask for is compiled when they come: those with head masks, an encoder's states, or autocast where
-    this one is not under it. Nothing else may launch this library's kernels in this process meanwhile. Parameters,
-    their gradients, and the state of random numbers stay as they are.
+    What other calls ask for is compiled when they come. Nothing else may launch this library's kernels in this process
+    meanwhile. Parameters, their gradients, and the state of random numbers stay as they are.
 
     Raises: ValueError for a model on a device without the kernels, or limits that don't fit; what the model raises.
     """
     start = time.perf_counter()
     device = next(model.parameters()).device
     check_device(device)
-    variants = find_variants(model, max_batch=max_batch, max_length=max_length, progress=progress)
+    variants = find_variants(model, max_batch=max_batch, max_length=max_length, autocast=autocast, progress=progress)
     compiled, found = compile_variants(variants, progress)
     # What a first launch does beside: it loads the code, and makes what passes its arguments.
     for request in dict.fromkeys(variant.request for variant in variants.values()):
-        _run(model, request)
+        calls.run(model, request, autocast)
     torch.cuda.synchronize(device)
     counts = Counter(kernel for kernel, _ in variants)
     return Warmed(dict(sorted(counts.items())), compiled, found, time.perf_counter() - start, cache_folder())
@@ -129,22 +121,27 @@ def cache_folder() -> str:
 
 
 def find_variants(
-    model: nn.Module, *, max_batch: int, max_length: int, progress: Progress | None = None
+    model: nn.Module,
+    *,
+    max_batch: int,
+    max_length: int,
+    autocast: torch.dtype | None = None,
+    progress: Progress | None = None,
 ) -> dict[Key, Variant]:
     """Every variant that a model's requests ask for, by running it without its kernels: see `warm_up`."""
     variants: dict[Key, Variant] = {}
-    asked = list(requests(model, max_batch, max_length))
+    asked = list(dict.fromkeys(requests(model, max_batch, max_length)))
     device = next(model.parameters()).device
     request = asked[0]
 
     def note(kernel: Any, key: str, data: str) -> None:
         variants.setdefault((kernel.fn.__qualname__, key), Variant(kernel, data, request))
 
-    with _without_graphs(model), torch.random.fork_rng([device] if device.type == "cuda" else []), _noting(note):
+    with without_launches(model, note), torch.random.fork_rng([device] if device.type == "cuda" else []):
         for number, request in enumerate(asked):
             if progress is not None:
                 progress("looking for variants", number, len(asked))
-            _run(model, request)
+            calls.run(model, request, autocast)
     return variants
 
 
@@ -167,21 +164,45 @@ def compile_variants(variants: Mapping[Key, Variant], progress: Progress | None 
 
 
 def requests(model: Any, max_batch: int, max_length: int) -> Iterator[Request]:
-    """The lattice of requests up to the limits, which the model must have positions for."""
+    """The lattice of requests up to the limits, which the model must have positions for, each in every kind."""
     check_limits(model.config, max_batch, max_length)
-    lengths = _steps(max_length, 8)
-    # Between two multiples of 16 lies what is one of 4, of 2, or of nothing. That matters where there is a mask.
-    beside = {length + more for length in lengths for more in (0, 1, 2, 4)}
+    embedded, attended = list(_of_embeddings(model)), list(_of_attention(model))
+    lengths = _steps(max_length, 4)
+    # Keys are read by what their number is a multiple of: between two multiples of 16 none is one.
+    beside = {length + more for length in lengths for more in (0, 1) if length + more <= max_length}
     for batch in _steps(max_batch, 2):
-        for length in sorted(beside):
-            if length > max_length:
-                continue
-            yield Request(batch, length, padding=1, typed=True)
-            if length in lengths:
-                yield Request(batch, length, padding=1, typed=False)
-                yield Request(batch, length, padding=0, typed=True)
-                yield Request(batch, length, padding=None, typed=True)
-                yield Request(batch, length, padding=None, typed=False)
+        for kinds, of_kinds in ((attended, sorted(beside)), (embedded, _steps(max_length, 2))):
+            for length, kind in product(of_kinds, kinds):
+                yield replace(kind, batch=batch, length=length)
+
+
+def _of_embeddings(model: Any) -> Iterator[Request]:
+    """Every kind of call that looks up other rows, or rows for each sequence of its own."""
+    cache = ("use_cache",) if calls.takes(model, "use_cache") else ()
+    # Of a batch with padding they are packed where that is removed, and of one without it where there are graphs.
+    for types, positions, hidden in product((False, True), (False, True), (0, 1)):
+        names = ("token_type_ids",) * types + ("position_ids",) * positions + ("attention_mask",) * hidden
+        yield Request(1, 1, (*names, *cache), hidden)
+        yield Request(1, 1, ("inputs_embeds", *names), hidden)
+
+
+def _of_attention(model: Any) -> Iterator[Request]:
+    """Every kind of call whose queries see other keys; and the loss."""
+    takes = partial(calls.takes, model)
+    cache, masked = ("use_cache",) if takes("use_cache") else (), ("attention_mask",)
+    yield Request(1, 1)
+    yield Request(1, 1, masked)
+    yield Request(1, 1, (*masked, *cache), hidden=1)
+    if calls.takes_pairs(model):
+        yield Request(1, 1, masked, pairs=True)
+    if takes("head_mask"):
+        yield Request(1, 1, ("head_mask",))
+        yield Request(1, 1, (*masked, "head_mask"), hidden=1)
+    if takes("encoder_hidden_states"):
+        for states, mask, cached in product((1, 16, 17), ((), ("encoder_attention_mask",)), ((), cache)):
+            yield Request(1, 1, ("encoder_hidden_states", *mask, *cached), hidden=1, states=states)
+    if takes("labels"):
+        yield Request(1, 1, ("labels",))
 
 
 def _steps(limit: int, each: int) -> list[int]:
@@ -192,120 +213,3 @@ def _steps(limit: int, each: int) -> list[int]:
         steps.update(range(power, min(2 * power, limit + 1), max(1, power // each)))
         power *= 2
     return sorted(steps)
-
-
-def _run(model: Any, request: Request) -> None:
-    """The calls that a request stands for, with gradients if the model is in training mode."""
-    call = _call(model, request)
-    if not model.training:
-        with torch.inference_mode():
-            model(**call)
-            if getattr(model.config, "is_decoder", False):
-                _generate(model, call)
-        return
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    calls: list[dict[str, Any]] = [call]
-    if _class_name(model).endswith(_OVER_VOCABULARY):
-        calls.append({**call, "labels": call["input_ids"], "loss_only": True})
-    for given in calls:
-        with torch.enable_grad():
-            output = model(**given)
-            found = [t for t in output.values() if isinstance(t, torch.Tensor) and t.requires_grad]
-            loss = torch.stack([t.float().mean() for t in found]).sum()
-        torch.autograd.grad(loss, parameters, allow_unused=True)
-
-
-def _generate(model: Any, call: dict[str, torch.Tensor]) -> None:
-    """A decoder's call that fills a cache, and the one for the next token."""
-    cache = model(**call, use_cache=True).past_key_values
-    length = call["input_ids"].shape[1]
-    if cache is None or length == model.config.max_position_embeddings:
-        return
-    step = {name: tensor[:, -1:].contiguous() for name, tensor in call.items()}
-    if "attention_mask" in call:
-        step["attention_mask"] = nn.functional.pad(call["attention_mask"], (0, 1), value=1)
-    model(**step, past_key_values=cache, use_cache=True)
-
-
-def _call(model: Any, request: Request) -> dict[str, torch.Tensor]:
-    """The arguments of a request's call."""
-    config, device = model.config, next(model.parameters()).device
-    shape = (request.batch, request.length)
-    # Any token but padding, of which transformers warns.
-    call = {"input_ids": torch.full(shape, int(config.pad_token_id == 0), device=device)}
-    if request.padding is not None:
-        mask = torch.ones(shape, dtype=torch.int64, device=device)
-        mask[-1, max(1, request.length - request.padding) :] = 0
-        call["attention_mask"] = mask
-    if request.typed:
-        call["token_type_ids"] = torch.zeros_like(call["input_ids"])
-    if config.model_type == "roc_bert":
-        call |= {name: torch.zeros_like(call["input_ids"]) for name in ("input_shape_ids", "input_pronunciation_ids")}
-    if _class_name(model).endswith("ForMultipleChoice"):
-        call = {name: tensor[:, None] for name, tensor in call.items()}
-    return call
-
-
-def _class_name(model: nn.Module) -> str:
-    return (original_class(model) or type(model)).__name__
-
-
-@contextlib.contextmanager
-def _noting(note: Callable[[Any, str, str], None]) -> Iterator[None]:
-    """Every launch of this library's kernels is noted (kernel, key, data), and not made."""
-    from triton import knobs
-
-    def hook(*, key: str, fn: Any, compile: dict[str, Any], **rest: Any) -> bool:
-        if not fn.module.startswith("fastconv.kernels."):
-            return bool(before and before(key=key, fn=fn, compile=compile, **rest))
-        note(fn.jit_function, key, compile["specialization_data"])
-        return True
-
-    kernels = _kernels()
-    known = [kernel.device_caches for kernel in kernels]
-    before = knobs.runtime.jit_cache_hook
-    knobs.runtime.jit_cache_hook = hook
-    try:
-        # Of what this process has compiled already Triton would not tell, and launch it, on what others have not made.
-        for kernel in kernels:
-            kernel.device_caches = defaultdict(kernel.create_binder)
-        yield
-    finally:
-        knobs.runtime.jit_cache_hook = before
-        for kernel, caches in zip(kernels, known, strict=True):
-            kernel.device_caches = caches
-
-
-def _kernels() -> list[Any]:
-    """Every kernel of this library."""
-    import triton
-
-    from fastconv import kernels
-
-    modules = [importlib.import_module(f"{kernels.__name__}.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
-    return [
-        value
-        for module in modules
-        for value in vars(module).values()
-        if isinstance(value, triton.JITFunction) and value.fn.__module__ == module.__name__
-    ]
-
-
-class _Unrecorded(Graphs):
-    """Graphs that run every time as they do once before they are recorded."""
-
-    def _record(self, graph: Any, key: tuple, model: nn.Module, forward: Any) -> None:
-        graph.replay = partial(graph.run, forward)
-
-
-@contextlib.contextmanager
-def _without_graphs(model: nn.Module) -> Iterator[None]:
-    """A model's graphs record nothing: launches that are not made would be missing in them."""
-    given = {m: m.fastconv_graphs for m in model.modules() if getattr(m, "fastconv_graphs", None) is not None}
-    try:
-        for module in given:
-            module.fastconv_graphs = _Unrecorded()  # type: ignore[assignment]
-        yield
-    finally:
-        for module, graphs in given.items():
-            module.fastconv_graphs = graphs

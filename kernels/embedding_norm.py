@@ -298,9 +298,13 @@ def embedding_norm_fwd(
 
 
 def _rows_of_ids(ids: torch.Tensor) -> torch.Tensor:
-    """(B, S), (1, S) or (S,) as (B, S) or, where all rows are the same one in memory, (1, S), contiguous."""
+    """(B, S), (1, S) or (S,) as (B, S) or, where all rows are the same one in memory, (1, S), contiguous.
+
+    At multiples of 16 bytes, where a slice of one row needn't lie: the kernel would be compiled for each mixture.
+    """
     ids = ids if ids.dim() > 1 else ids[None]
-    return (ids[:1] if ids.stride(0) == 0 else ids).contiguous()
+    ids = (ids[:1] if ids.stride(0) == 0 else ids).contiguous()
+    return ids if ids.data_ptr() % 16 == 0 else ids.clone()
 
 
 def embedding_norm_bwd(

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import timeit
 from dataclasses import asdict, replace
 
@@ -22,69 +23,51 @@ pytest.importorskip("triton", reason="launch configs are of Triton kernels, and 
 
 import triton
 
-from fastconv import tuning, tuning_cases
+from fastconv import tuning
 from fastconv.commands import tune
 from fastconv.kernels import _configs, _launch, grouped_linear, layer_norm
+from fastconv.kernels._attention import Masks
+from fastconv.tuning import attention_cases, case, cases
+from fastconv.tuning.judge import Judge
+from fastconv.tuning.table import identity
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CARD = _launch.card(torch.empty(0, device=DEVICE))
 HALF, SINGLE = torch.bfloat16, torch.float32
 
-# What ConvBERT base asks for at 8 x 512, and BERT for what ConvBERT has not.
-MODEL_SHAPES = {
-    "layer_norm_fwd": (4096, 768),
-    "layer_norm_bwd": (4096, 768),
-    "embedding_norm_fwd": (4096, 768),
-    "embedding_norm_bwd_table": (4096, 768),
-    "linear_act_fwd": (4096, 3072),
-    "grouped_linear_fwd": (4096, 2, 192, 768),
-    "grouped_linear_bwd_pre": (4096, 3072),
-    "separable_conv_fwd": (4096, 768, 9),
-    "separable_conv_bwd_depthwise": (4096, 768, 9),
-    "separable_conv_bwd_gate": (4096, 384),
-    "span_dynamic_conv_fwd": (4096, 6, 64, 9),
-    "span_dynamic_conv_bwd": (4096, 4, 48, 9),
-    "span_kernel_logits_fwd": (4096, 768, 384, 54),
-    "masked_attention_fwd": (96, 512, 64, 0),
-    "masked_attention_bwd_dq": (48, 512, 64, 1),
-    "masked_attention_bwd_dkv": (48, 512, 64, 1),
-    "masked_lm_loss_fwd": (4096, 768),
-    "masked_lm_loss_bwd_logits": (4096, 768),
-    "masked_lm_loss_bwd_hidden": (4096, 768),
-    "masked_lm_loss_bwd_weight": (30522, 768),
+# What ConvBERT base asks for at 8 x 512, and BERT for what ConvBERT has not; and as little as the interpreter likes.
+SHAPES = {
+    "layer_norm_fwd": ((4096, 768), (6, 24)),
+    "layer_norm_bwd": ((4096, 768), (6, 24)),
+    "embedding_norm_fwd": ((4096, 768), (6, 12)),
+    "embedding_norm_bwd_table": ((4096, 768), (6, 12)),
+    "linear_act_fwd": ((4096, 3072), (6, 24)),
+    "grouped_linear_fwd": ((4096, 2, 192, 768), (6, 2, 16, 16)),
+    "grouped_linear_bwd_pre": ((4096, 3072), (6, 24)),
+    "separable_conv_fwd": ((4096, 768, 9), (6, 12, 3)),
+    "separable_conv_bwd_depthwise": ((4096, 768, 9), (6, 12, 3)),
+    "separable_conv_bwd_gate": ((4096, 384), (6, 12)),
+    "span_dynamic_conv_fwd": ((4096, 6, 64, 9), (6, 2, 4, 3)),
+    "span_dynamic_conv_bwd": ((4096, 4, 48, 9), (6, 2, 4, 3)),
+    "span_kernel_logits_fwd": ((4096, 768, 384, 54), (6, 16, 16, 6)),
+    "masked_attention_fwd": ((96, 512, 64, 0), (2, 20, 8, 0)),
+    "masked_attention_bwd_dq": ((48, 512, 64, 1), (2, 20, 8, 1)),
+    "masked_attention_bwd_dkv": ((48, 512, 64, 1), (4, 18, 8, 1)),
+    "masked_lm_loss_fwd": ((4096, 768), (8, 16)),
+    "masked_lm_loss_bwd_logits": ((4096, 768), (8, 16)),
+    "masked_lm_loss_bwd_hidden": ((4096, 768), (8, 16)),
+    "masked_lm_loss_bwd_weight": ((30522, 768), (40, 16)),
 }
-# Small enough for the interpreter.
-SMALL_SHAPES = {
-    "layer_norm_fwd": (6, 24),
-    "layer_norm_bwd": (6, 24),
-    "embedding_norm_fwd": (6, 12),
-    "embedding_norm_bwd_table": (6, 12),
-    "linear_act_fwd": (6, 24),
-    "grouped_linear_fwd": (6, 2, 16, 16),
-    "grouped_linear_bwd_pre": (6, 24),
-    "separable_conv_fwd": (6, 12, 3),
-    "separable_conv_bwd_depthwise": (6, 12, 3),
-    "separable_conv_bwd_gate": (6, 12),
-    "span_dynamic_conv_fwd": (6, 2, 4, 3),
-    "span_dynamic_conv_bwd": (6, 2, 4, 3),
-    "span_kernel_logits_fwd": (6, 16, 16, 6),
-    "masked_attention_fwd": (2, 20, 8, 0),
-    "masked_attention_bwd_dq": (2, 20, 8, 1),
-    "masked_attention_bwd_dkv": (4, 18, 8, 1),
-    "masked_lm_loss_fwd": (8, 16),
-    "masked_lm_loss_bwd_logits": (8, 16),
-    "masked_lm_loss_bwd_hidden": (8, 16),
-    "masked_lm_loss_bwd_weight": (40, 16),
-}
+OF_LOSS = {kernel for kernel in SHAPES if kernel.startswith("masked_lm_loss")}
 
 
 @pytest.fixture(autouse=True)
 def config_home(tmp_path, monkeypatch):
     """A home for the user's table, empty at first; and cases with a small vocabulary and short sequences."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    monkeypatch.setattr(tuning_cases, "VOCABULARY", 40)
-    monkeypatch.setattr(tuning_cases, "_LENGTH", 16)
-    monkeypatch.setattr(tuning_cases, "_HEADS", 2)
+    monkeypatch.setattr(case, "VOCABULARY", 40)
+    monkeypatch.setattr(case, "LENGTH", 16)
+    monkeypatch.setattr(attention_cases, "_HEADS", 2)
     _configs.all_kernels()
     _configs.forget()
     yield tmp_path / "config"
@@ -131,9 +114,9 @@ def picked(shape=(6, 24), dtype=SINGLE, card=CARD):
 
 
 @pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=str)
-@pytest.mark.parametrize("kernel", MODEL_SHAPES)
+@pytest.mark.parametrize("kernel", SHAPES)
 def test_candidates_are_possible(kernel, dtype):
-    shape, of = MODEL_SHAPES[kernel], _configs.KERNELS[kernel]
+    (shape, _), of = SHAPES[kernel], _configs.KERNELS[kernel]
     found = list(of.candidates(shape, dtype, CARD))
     assert of.problem(rule(kernel, shape, dtype), shape, dtype, CARD) is None
     assert 5 <= len(found) == len(set(found)) <= 80 and rule(kernel, shape, dtype) not in found
@@ -141,18 +124,18 @@ def test_candidates_are_possible(kernel, dtype):
 
 
 def test_every_kernel_has_shapes_here_and_a_case():
-    assert set(_configs.all_kernels()) == set(MODEL_SHAPES) == set(SMALL_SHAPES) == set(tuning_cases._MAKERS)
+    assert set(_configs.all_kernels()) == set(SHAPES) == set(cases.MAKERS)
 
 
-@pytest.mark.parametrize("kernel", SMALL_SHAPES)
+@pytest.mark.parametrize("kernel", SHAPES)
 def test_candidates_are_right_and_a_wrong_result_is_found(kernel, monkeypatch):
     dtype = torch.float16 if kernel == "span_kernel_logits_fwd" else SINGLE
-    asked = _configs.Asked(kernel, SMALL_SHAPES[kernel], dtype, CARD)
-    case = tuning_cases.make(asked, DEVICE)
-    judge = tuning._Judge(kernel, case)
+    asked = _configs.Asked(kernel, SHAPES[kernel][1], dtype, CARD)
+    made = cases.make(asked, DEVICE)
+    judge = Judge(kernel, made)
     candidates = list(_configs.KERNELS[kernel].candidates(*asked[1:]))
     assert judge.problem(candidates[-1]) is None
-    spoiled = replace(case, op=lambda **t: case.op(**t) * 1.01)
+    spoiled = replace(made, op=lambda **t: made.op(**t) * 1.01)
     monkeypatch.setattr(judge, "_case", spoiled)
     assert judge.problem(candidates[-1]) == "the result is wrong"
 
@@ -174,7 +157,7 @@ def test_what_a_kernel_can_not_do_is_no_candidate():
         ("masked_lm_loss_bwd_logits", {"block_m": 32}, "block_m must be at least 64"),
         ("masked_lm_loss_bwd_weight", {"block_k": 128}, "block_k must be at most 64"),
     ):
-        shape = MODEL_SHAPES[kernel]
+        shape, _ = SHAPES[kernel]
         of = _configs.KERNELS[kernel]
         config = replace(of.rule(kernel, shape, HALF, _launch.INTERPRETER), **change)
         told = of.problem(config, shape, HALF, _launch.INTERPRETER)
@@ -277,7 +260,7 @@ def test_entry_of_another_triton_is_ignored_with_one_line(caplog):
 
 
 def test_entry_that_does_not_fit_a_card_is_not_launched(caplog):
-    shape = MODEL_SHAPES["grouped_linear_fwd"]
+    shape, _ = SHAPES["grouped_linear_fwd"]
     config = replace(rule("grouped_linear_fwd", shape, HALF), num_stages=7)
     save([entry(config, "grouped_linear_fwd", shape, dtype="bfloat16")])
     small = CARD._replace(shared=64 * 1024)
@@ -411,6 +394,45 @@ def test_failing_candidate_is_rejected(few, monkeypatch):
     assert found.rejected == {"RuntimeError: out of resource: shared memory": 1} and found.after == unlike
 
 
+@pytest.mark.parametrize(
+    ("kernel", "shape"),
+    [
+        ("masked_attention_fwd", (2, 18, 8, 0)),
+        ("masked_attention_fwd", (4, 18, 8, 1)),
+        ("masked_attention_bwd_dq", (2, 18, 8, 1)),
+        ("masked_attention_bwd_dkv", (2, 18, 8, 2)),
+    ],
+)
+def test_calls_that_share_an_entry(kernel, shape, monkeypatch):
+    """Every mask's dtype, which decides with the others what is in shared memory, and a packing where there can be."""
+    asked = _configs.Asked(kernel, shape, SINGLE, CARD)
+    seen = []
+    config = Masks.config
+    monkeypatch.setattr(Masks, "config", lambda masks, *args: [seen.append(masks), config(masks, *args)][1])
+    made = cases.make(asked, DEVICE)
+    seen.clear()
+    with _configs.watched() as launched:
+        for launch in made.others:
+            launch()
+    found = [each for each in launched if each.kernel == kernel]
+    assert {identity(each) for each in found} == {identity(asked)} and len(found) == len(made.others)
+    kinds = {None if masks.mask is None else masks.mask.dtype for masks in seen}
+    assert kinds == {torch.bool, SINGLE} | ({None} if shape[0] <= 2 and shape[3] == 1 else set())
+
+
+def test_config_that_another_call_can_not_launch_does_not_win(few, monkeypatch):
+    make = cases.make
+
+    def scarce():
+        if layer_norm.pick_config(*ASKED) == few[1]:
+            raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(cases, "make", lambda *args: replace(make(*args), others=[scarce]))
+    (found,) = search(fast=few[1]).run()
+    assert found.rejected == {"with other masks, RuntimeError: out of resource: shared memory": 1}
+    assert found.after is None and picked() == rule()
+
+
 def test_config_in_use_that_is_wrong_is_red_and_not_kept(few, monkeypatch):
     forward = layer_norm.layer_norm_fwd
     monkeypatch.setattr(layer_norm, "layer_norm_fwd", lambda *args: (forward(*args)[0] + 0.01, *forward(*args)[1:]))
@@ -443,7 +465,7 @@ def test_search_keeps_other_entries(few):
 
 def test_time_budget(few, monkeypatch):
     clock = iter(range(0, 1000, 10))
-    monkeypatch.setattr(tuning.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     told = []
     # Four steps of ten seconds a shape.
     found = list(search(asked=[ASKED, OTHER]).run(seconds=55, progress=lambda *step: told.append(step)))
@@ -483,20 +505,24 @@ def test_what_a_model_asks_for(padding):
     ).to(DEVICE)
     asked = tuning.asked_for(model, batch=2, length=8, direction="both", padding=padding).values()
     kernels = {each.kernel for each in asked}
-    of_loss = {name for name in MODEL_SHAPES if name.startswith("masked_lm_loss")}
     # In fp32 logits are made by products, which a model without groups makes by cuBLAS.
-    assert kernels == set(MODEL_SHAPES) - of_loss - {"span_kernel_logits_fwd", "grouped_linear_fwd"}
+    assert kernels == set(SHAPES) - OF_LOSS - {"span_kernel_logits_fwd", "grouped_linear_fwd"}
     assert {each.shape for each in asked if each.kernel == "layer_norm_bwd"} == {(16, 32), (16, 16)}
 
 
 def test_what_a_loss_asks_for():
     config = fastconv.BertConfig(
-        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=16,
     )
     model = fastconv.BertForMaskedLM(config).to(DEVICE)
     asked = tuning.asked_for(model, batch=2, length=8, direction="train").values()
     shapes = {each.kernel: each.shape for each in asked if each.kernel.startswith("masked_lm_loss")}
-    of_tokens = dict.fromkeys((name for name in MODEL_SHAPES if name.startswith("masked_lm_loss")), (16, 16))
+    of_tokens = dict.fromkeys(OF_LOSS, (16, 16))
     assert shapes == of_tokens | {"masked_lm_loss_bwd_weight": (40, 16)}
 
 

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 _DESCRIPTION = (
     "Search launch configs of the kernels for this machine's GPU and your shapes, and write those that are faster into "
     "a table, which every later process reads. Each candidate is first checked against the reference in fp64; one wins "
-    "that is more than 2 % faster, and beyond the spread. The table is saved after every shape: stop when you like, "
-    "the same command goes on. Measured with one minor version of triton, an entry doesn't count with another."
+    "that is more than 2 % faster, beyond the spread, and that calls with other masks can launch too. The table is "
+    "saved after every shape: stop when you like, the same command goes on. Measured with one minor version of triton, "
+    "an entry doesn't count with another."
 )
 
 

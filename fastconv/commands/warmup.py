@@ -15,9 +15,11 @@ if TYPE_CHECKING:
 _DESCRIPTION = (
     "Compile every variant of a kernel that a model's requests can ask for, up to a batch and a length, into Triton's "
     "cache. The first request that is served then compiles nothing, in this process or another one with the same "
-    "cache, GPU, driver, and versions of this library, torch and triton. Weights don't matter: a folder with "
-    "config.json will do. The model is warmed as fastconv's own and, if transformers is installed, as its accelerated "
-    "one. What the cache has already is not compiled again."
+    "cache, GPU, driver, and versions of this library, torch and triton. Requests may have any arguments but "
+    "output_attentions, and ids of int64; those of a decoder go on token by token with a cache, and get an encoder's "
+    "states if the config has cross-attention. Weights don't matter: a folder with config.json will do. The model is "
+    "warmed as fastconv's own and, if transformers is installed, as its accelerated one. What the cache has already is "
+    "not compiled again."
 )
 _BATCH, _LENGTH = 32, 512
 
@@ -34,6 +36,11 @@ def add_parser(commands: Any) -> None:
         help="a checkpoint folder, or convbert-base, convbert-medium-small, convbert-small or bert-base",
     )
     parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16", "fp16"), help="default: %(default)s")
+    parser.add_argument(
+        "--autocast",
+        choices=("bf16", "fp16"),
+        help="of requests under torch.autocast to this dtype; default: without it",
+    )
     parser.add_argument("--device", metavar="DEVICE", help="cuda, cuda:1, ...; default: cuda")
     parser.add_argument(
         "--padding", default="keep", choices=("keep", "remove"), help="as in accelerate; default: %(default)s"
@@ -65,16 +72,19 @@ def _run(args: argparse.Namespace, command: str) -> int:
         device = environment.usable_device(args.device)
         check_device(device)
         dtype = environment.usable_dtype(args.dtype, device)
+        autocast = None if args.autocast is None else environment.usable_dtype(args.autocast, device)
         class_name, config = _config(args.model)
         length = min(_LENGTH, config.max_position_embeddings) if args.max_length is None else args.max_length
         check_limits(config, args.max_batch, length)
+    limits = {"max_batch": args.max_batch, "max_length": length}
+    told = args.dtype if autocast is None else f"{args.dtype} under autocast to {args.autocast}"
     seconds = 0.0
     compiled = found = 0
     with telling_memory("--max-batch or --max-length"):
         for name, model in _models(class_name, config, dtype, device, args):
             with ProgressBar() as progress:
-                warmed = warm_up(model, max_batch=args.max_batch, max_length=length, progress=progress)
-            print(f"{name} {class_name}, {args.dtype}, batches up to {args.max_batch} x {length}:")
+                warmed = warm_up(model, **limits, autocast=autocast, progress=progress)
+            print(f"{name} {class_name}, {told}, batches up to {args.max_batch} x {length}:")
             for kernel, count in warmed.variants.items():
                 print(f"  {kernel.strip('_'):<40}{count:>4}")
             compiled, found, seconds = compiled + warmed.compiled, found + warmed.found, seconds + warmed.seconds

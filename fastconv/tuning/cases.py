@@ -1,4 +1,4 @@
-"""What the search for launch configs runs: for each kernel tensors of a shape, the op that they are for, and launchers.
+"""For each kernel with launch configs tensors of a shape, the op that it is for, and its launcher.
 
 A candidate is checked through the op with its gradients, which reaches everything that its results go into, and timed
 through the launcher alone.
@@ -6,60 +6,33 @@ through the launcher alone.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from fastconv import Packing, ops
+from fastconv import ops
 from fastconv.kernels import (
     embedding_norm,
     grouped_linear,
     layer_norm,
     linear_act,
-    masked_attention,
-    masked_attention_bwd,
     masked_lm_loss,
     masked_lm_loss_bwd,
     separable_conv,
     span_dynamic_conv,
     span_kernel_logits,
 )
-from fastconv.kernels._attention import Masks
 from fastconv.kernels._configs import Asked
-from fastconv.ops.masked_attention import attention_dropout_mask
 from fastconv.reference import ops as reference
+from fastconv.tuning import case
+from fastconv.tuning.attention_cases import masked_attention
+from fastconv.tuning.case import Case, Function, Normal, rows
 
-Tensors = dict[str, torch.Tensor]
-Function = Callable[..., torch.Tensor]
-
-# Of BERT's vocabulary, and the share of tokens that masked language modelling labels.
-VOCABULARY, LABELLED = 30522, 0.15
+# The share of tokens that masked language modelling labels.
+_LABELLED = 0.15
 
 # Channels of a product that an op has beside the kernel: few, so that a check is about the kernel.
 _FEW = 16
-# Scores of attention that the reference may hold in a check: 1 GB in fp64.
-_MOST_SCORES = 2**27
-_LENGTH, _HEADS, _DROPOUT = 512, 16, 0.1
-
-
-@dataclass(frozen=True)
-class Case:
-    """A kernel on tensors of one shape.
-
-    launch: what is timed
-    op, reference: with the same tensors; the op runs the kernel
-    tensors: floating point, of the kernel's dtype; those of the op
-    gradients: whether the kernel is part of a forward or backward that a gradient needs, and not of inference alone
-    """
-
-    launch: Callable[[], object]
-    op: Function
-    reference: Function
-    tensors: Tensors
-    gradients: bool = True
 
 
 def make(asked: Asked, device: torch.device) -> Case:
@@ -69,16 +42,7 @@ def make(asked: Asked, device: torch.device) -> Case:
     def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
         return (torch.randn(shape, generator=generator, device=device) * scale).to(asked.dtype)
 
-    return _MAKERS[asked.kernel](asked.kernel, asked.shape, normal)
-
-
-Normal = Callable[..., torch.Tensor]
-
-
-def _rows(tokens: int) -> tuple[int, int]:
-    """A batch and a length of so many tokens."""
-    length = math.gcd(tokens, _LENGTH)
-    return (tokens // length, length) if length >= 32 else (1, tokens)
+    return MAKERS[asked.kernel](asked.kernel, asked.shape, normal)
 
 
 def _layer_norm(kernel: str, shape: tuple[int, ...], normal: Normal) -> Case:
@@ -109,9 +73,9 @@ def _layer_norm(kernel: str, shape: tuple[int, ...], normal: Normal) -> Case:
 
 def _embedding_norm(kernel: str, shape: tuple[int, ...], normal: Normal) -> Case:
     tokens, channels = shape
-    batch, length = _rows(tokens)
+    batch, length = rows(tokens)
     tensors = {
-        "words": normal(VOCABULARY, channels),
+        "words": normal(case.VOCABULARY, channels),
         "positions": normal(length, channels),
         "kinds": normal(2, channels),
         "weight": normal(channels),
@@ -120,7 +84,7 @@ def _embedding_norm(kernel: str, shape: tuple[int, ...], normal: Normal) -> Case
     words, weight = tensors["words"], tensors["weight"]
     # As in text: few words make up most of it.
     drawn = normal(batch, length).float().abs().neg().exp()
-    ids = (drawn * (VOCABULARY - 1)).long()
+    ids = (drawn * (case.VOCABULARY - 1)).long()
     types = torch.zeros_like(ids)
 
     def by(op: Function) -> Function:
@@ -137,7 +101,7 @@ def _embedding_norm(kernel: str, shape: tuple[int, ...], normal: Normal) -> Case
         dz = normal(tokens, channels)
 
         def launch() -> object:
-            return embedding_norm.embedding_norm_bwd_table(dz, ids.flatten(), VOCABULARY, -1, words.dtype)
+            return embedding_norm.embedding_norm_bwd_table(dz, ids.flatten(), case.VOCABULARY, -1, words.dtype)
 
     return Case(launch, by(ops.embedding_norm), by(reference.embedding_norm), tensors)
 
@@ -181,7 +145,7 @@ def _grouped_linear(kernel: str, shape: tuple[int, ...], normal: Normal) -> Case
 def _separable_conv(kernel: str, shape: tuple[int, ...], normal: Normal) -> Case:
     tokens, channels, kernel_size = shape
     tensors = {
-        "x": normal(*_rows(tokens), channels),
+        "x": normal(*rows(tokens), channels),
         "depthwise": normal(channels, 1, kernel_size),
         "pointwise": normal(_FEW, channels, 1, scale=channels**-0.5),
         "bias": normal(_FEW, 1),
@@ -198,7 +162,7 @@ def _separable_conv(kernel: str, shape: tuple[int, ...], normal: Normal) -> Case
 
 def _gate(kernel: str, shape: tuple[int, ...], normal: Normal) -> Case:
     tokens, channels = shape
-    lead = _rows(tokens)
+    lead = rows(tokens)
     tensors = {
         "x": normal(*lead, _FEW),
         "depthwise": normal(_FEW, 1, 3),
@@ -217,7 +181,7 @@ def _gate(kernel: str, shape: tuple[int, ...], normal: Normal) -> Case:
 
 def _span_dynamic_conv(kernel: str, shape: tuple[int, ...], normal: Normal) -> Case:
     tokens, heads, size, kernel_size = shape
-    lead = _rows(tokens)
+    lead = rows(tokens)
     tensors = {"value": normal(*lead, heads * size), "kernel_logits": normal(*lead, heads * kernel_size)}
     value, logits = tensors.values()
     _, stats = span_dynamic_conv.span_dynamic_conv_fwd(value, logits, kernel_size, None, None, None, True)
@@ -238,7 +202,7 @@ def _span_dynamic_conv(kernel: str, shape: tuple[int, ...], normal: Normal) -> C
 
 def _span_kernel_logits(kernel: str, shape: tuple[int, ...], normal: Normal) -> Case:
     tokens, size_in, size_between, size_out = shape
-    lead = _rows(tokens)
+    lead = rows(tokens)
     tensors = {
         "x": normal(*lead, size_in),
         "depthwise": normal(size_in, 1, 9, scale=1 / 3),
@@ -258,59 +222,10 @@ def _span_kernel_logits(kernel: str, shape: tuple[int, ...], normal: Normal) -> 
     )
 
 
-def _masked_attention(kernel: str, shape: tuple[int, ...], normal: Normal) -> Case:
-    all_heads, length, size, busy = shape
-    heads = max(n for n in range(1, _HEADS + 1) if all_heads % n == 0)
-    batch = all_heads // heads
-    # A few queries are a decoder's, whose keys are those of all its tokens.
-    keys = length if length > 16 else max(length, _LENGTH)
-    q, k, v = normal(batch, length, heads, size), normal(batch, keys, heads, size), normal(batch, keys, heads, size)
-    scale, kept = size**-0.5, max(1, min(batch, _MOST_SCORES // (heads * length * keys)))
-    options: dict[str, Any] = {}
-    expected: dict[str, Any] = {}
-    masks, dropout_p, seed = Masks(None, None, False, ()), 0.0, None
-    if busy == 2:
-        mask = normal(1, 1, length, keys).float()
-        masks = Masks(None, mask.expand(batch, heads, length, keys), False, ())
-        options = expected = {"mask": mask}
-    elif busy and batch == 1 and keys == length:
-        # A packed batch has all its tokens in one row.
-        rows, each = _rows(length)
-        packing = Packing.from_lengths(torch.full((rows,), each, device=q.device))
-        masks = Masks(None, None, False, (packing.first, packing.last))
-        options = expected = {"packing": packing}
-    elif busy:
-        dropout_p, seed = _DROPOUT, torch.zeros((), dtype=torch.int64, device=q.device)
-        keep = attention_dropout_mask(kept, heads, length, keys, dropout_p, seed, by_kernels=True)
-        options = {"dropout_p": dropout_p, "seed": seed}
-        expected = {"dropout_p": dropout_p, "dropout_mask": keep}
-    tensors = {"q": q[:kept], "k": k[:kept], "v": v[:kept]}
-    if "packing" in options:
-        tensors = {name: t[0] for name, t in tensors.items()}
-
-    def launch() -> object:
-        return masked_attention.masked_attention_fwd(q, k, v, masks, dropout_p, seed, scale, None, False)
-
-    if kernel != "masked_attention_fwd":
-        y, stats = masked_attention.masked_attention_fwd(q, k, v, masks, dropout_p, seed, scale, None, True)
-        assert stats is not None
-        given = (q, k, v, y, stats, masks, dropout_p, seed, scale, False)
-
-        def launch() -> object:
-            return masked_attention_bwd.masked_attention_bwd(q, *given)
-
-    return Case(
-        launch,
-        lambda **t: ops.masked_attention(**t, **options),
-        lambda **t: reference.masked_attention(**t, **expected),
-        tensors,
-    )
-
-
 def _masked_lm_loss(kernel: str, shape: tuple[int, ...], normal: Normal) -> Case:
     rows, channels = shape
     # The weight's gradient has a row for each of the vocabulary's; tokens are as many as in 8 sequences of 512.
-    tokens, vocabulary = (8 * _LENGTH, rows) if kernel == "masked_lm_loss_bwd_weight" else (rows, VOCABULARY)
+    tokens, vocabulary = (8 * case.LENGTH, rows) if kernel == "masked_lm_loss_bwd_weight" else (rows, case.VOCABULARY)
     tensors = {
         "hidden": normal(tokens, channels),
         "weight": normal(vocabulary, channels, scale=channels**-0.5),
@@ -318,7 +233,7 @@ def _masked_lm_loss(kernel: str, shape: tuple[int, ...], normal: Normal) -> Case
     }
     hidden, weight, bias = tensors.values()
     labels = torch.full((tokens,), -100, dtype=torch.int64, device=hidden.device)
-    labelled = torch.arange(0, tokens, round(1 / LABELLED), device=hidden.device)
+    labelled = torch.arange(0, tokens, round(1 / _LABELLED), device=hidden.device)
     labels[labelled] = labelled % vocabulary
     loss, packed, *rest = masked_lm_loss.masked_lm_loss_fwd(hidden, weight, bias, labels, -100, 0.0, 0.0)
     packed_labels, places, numbers, lse = rest
@@ -337,7 +252,7 @@ def _masked_lm_loss(kernel: str, shape: tuple[int, ...], normal: Normal) -> Case
     )
 
 
-_MAKERS: dict[str, Callable[[str, tuple[int, ...], Normal], Case]] = {
+MAKERS: dict[str, Callable[[str, tuple[int, ...], Normal], Case]] = {
     "layer_norm_fwd": _layer_norm,
     "layer_norm_bwd": _layer_norm,
     "embedding_norm_fwd": _embedding_norm,
@@ -351,9 +266,9 @@ _MAKERS: dict[str, Callable[[str, tuple[int, ...], Normal], Case]] = {
     "span_dynamic_conv_fwd": _span_dynamic_conv,
     "span_dynamic_conv_bwd": _span_dynamic_conv,
     "span_kernel_logits_fwd": _span_kernel_logits,
-    "masked_attention_fwd": _masked_attention,
-    "masked_attention_bwd_dq": _masked_attention,
-    "masked_attention_bwd_dkv": _masked_attention,
+    "masked_attention_fwd": masked_attention,
+    "masked_attention_bwd_dq": masked_attention,
+    "masked_attention_bwd_dkv": masked_attention,
     "masked_lm_loss_fwd": _masked_lm_loss,
     "masked_lm_loss_bwd_logits": _masked_lm_loss,
     "masked_lm_loss_bwd_hidden": _masked_lm_loss,
