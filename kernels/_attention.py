@@ -25,28 +25,55 @@ NO_MASK, BOOL_MASK, ADDITIVE_MASK = tl.constexpr(0), tl.constexpr(1), tl.constex
 def head_tile(
     ptr, offs_t, end, stride_t, D: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr, CAST: tl.constexpr
 ):
-    """Rows offs_t (n,) of a head, (n, BLOCK_D); 0 past D, and with CHECK from row `end` on. CAST: to that dtype."""
+    """Rows offs_t (n,) of a head, (n, BLOCK_D), 0 past D; with CHECK row end - 1 in place of later ones.
+
+    CAST: to that dtype.
+    """
     offs_d = tl.arange(0, BLOCK_D)
+    if CHECK:
+        # Not 0: a condition for each row, which is the same when results are stored, took registers throughout.
+        offs_t = tl.minimum(offs_t, end - 1)
     rows = ptr + offs_t.to(tl.int64)[:, None] * stride_t + offs_d[None, :]
-    if CHECK and D < BLOCK_D:
-        x = tl.load(rows, mask=(offs_t < end)[:, None] & (offs_d < D)[None, :], other=0.0)
-    elif CHECK:
-        x = tl.load(rows, mask=(offs_t < end)[:, None], other=0.0)
-    elif D < BLOCK_D:
-        x = tl.load(rows, mask=(offs_d < D)[None, :], other=0.0)
-    else:
-        x = tl.load(rows)
+    x = tl.load(rows, mask=(offs_d < D)[None, :], other=0.0) if D < BLOCK_D else tl.load(rows)
     return x if CAST is None else x.to(CAST)
+
+
+@triton.jit
+def mask_tile(
+    mask_ptr,  # (Sq, Sk) of this head
+    i,  # queries, int32, along their dimension of the tile
+    j,  # keys
+    stride_mq,
+    stride_mk,
+    end_q,
+    Sk,
+    MASK: tl.constexpr,
+    KEY_MASK: tl.constexpr,
+    CHECK: tl.constexpr,
+):
+    """What the mask says of queries i and keys j, with KEY_MASK of keys alone; query end_q - 1 in place of later ones.
+
+    CHECK: some keys may be Sk or later, of which it says 0. To be called ahead of the product that makes the scores:
+    Triton gives what comes of them the layout of the last of the two, and the softmax is slow in that of a load.
+    """
+    mask = 0.0
+    if MASK != NO_MASK:
+        offs = j.to(tl.int64) * stride_mk
+        if not KEY_MASK:
+            offs = tl.minimum(i, end_q - 1).to(tl.int64) * stride_mq + offs
+        if CHECK:
+            mask = tl.load(mask_ptr + offs, mask=tl.broadcast_to(j < Sk, offs.shape), other=0)
+        else:
+            mask = tl.load(mask_ptr + offs)
+    return mask
 
 
 @triton.jit
 def masked_scores(
     s,  # scores times log2(e), queries and keys in either order
+    mask,  # of `mask_tile`
     i,  # the queries' numbers, int32, along their dimension of s
     j,  # the keys'
-    mask_ptr,  # (Sq, Sk) of this head
-    stride_mq,
-    stride_mk,
     Sq,
     Sk,
     length,
@@ -54,7 +81,6 @@ def masked_scores(
     first,
     last,
     MASK: tl.constexpr,
-    KEY_MASK: tl.constexpr,
     MASK_LOWEST: tl.constexpr,
     LOWEST: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -63,18 +89,12 @@ def masked_scores(
 ):
     """The scores after the masks."""
     forbidden = tl.zeros(s.shape, tl.int1)
-    if MASK != NO_MASK:
-        if KEY_MASK:
-            mask = tl.load(mask_ptr + j.to(tl.int64) * stride_mk, mask=j < Sk, other=0)
-        else:
-            offs_m = i.to(tl.int64) * stride_mq + j.to(tl.int64) * stride_mk
-            mask = tl.load(mask_ptr + offs_m, mask=(i < Sq) & (j < Sk), other=0)
-        if MASK == BOOL_MASK:
-            forbidden = tl.broadcast_to(mask == 0, s.shape)
-        else:
-            forbidden = tl.broadcast_to(mask <= MASK_LOWEST, s.shape)
-            term = mask.to(s.dtype) * LOG2E
-            s += tl.where(term < LOWEST, LOWEST, term)  # not maximum(), which hides a NaN
+    if MASK == BOOL_MASK:
+        forbidden = tl.broadcast_to(mask == 0, s.shape)
+    elif MASK == ADDITIVE_MASK:
+        forbidden = tl.broadcast_to(mask <= MASK_LOWEST, s.shape)
+        term = mask.to(s.dtype) * LOG2E
+        s += tl.where(term < LOWEST, LOWEST, term)  # not maximum(), which hides a NaN
     if BOUNDED:
         if CAUSAL:
             forbidden = forbidden | (j > i + (Sk - Sq))
@@ -177,38 +197,48 @@ class Config:
     registers: int  # at most so many a thread
 
 
-# By the size of a head's tile: the usual config, and one with fewer registers and smaller programs.
+# By the size of a head's tile: a config for each value of `Masks.busy`, the last one for the rest. "few" is the forward
+# in smaller programs.
 _HALF = {
-    ("fwd", 64): (Config(128, 64, 8, 3, 255), Config(64, 64, 4, 3, 255)),
-    ("fwd", 128): (Config(128, 64, 8, 2, 255), Config(64, 64, 4, 2, 255)),
-    ("fwd", 256): (Config(64, 32, 8, 2, 255), Config(64, 32, 8, 2, 255)),
+    ("fwd", 64): (Config(128, 64, 8, 3, 255), Config(64, 64, 4, 3, 255), Config(64, 32, 4, 3, 255)),
+    ("fwd", 128): (Config(128, 64, 8, 2, 255), Config(128, 32, 8, 2, 255)),
+    ("fwd", 256): (Config(64, 32, 8, 2, 255),),
+    ("few", 64): (Config(64, 64, 4, 3, 255), Config(64, 64, 4, 3, 255), Config(64, 32, 4, 3, 255)),
+    ("few", 128): (Config(64, 64, 4, 2, 255), Config(64, 32, 4, 2, 255), Config(64, 16, 4, 2, 255)),
+    ("few", 256): (Config(64, 32, 8, 2, 255),),
     ("dq", 64): (Config(128, 64, 8, 2, 255), Config(64, 32, 4, 2, 255)),
-    ("dq", 128): (Config(64, 64, 4, 2, 255), Config(64, 32, 4, 2, 255)),
-    ("dq", 256): (Config(32, 32, 4, 1, 255), Config(32, 32, 4, 1, 255)),
-    ("dkv", 64): (Config(64, 128, 8, 2, 255), Config(32, 64, 8, 2, 255)),
-    ("dkv", 128): (Config(32, 64, 4, 2, 255), Config(32, 64, 8, 2, 255)),
-    ("dkv", 256): (Config(16, 32, 4, 1, 255), Config(16, 32, 4, 1, 255)),
+    ("dq", 128): (Config(64, 64, 4, 2, 255), Config(128, 32, 8, 2, 255)),
+    ("dq", 256): (Config(32, 32, 4, 1, 255), Config(32, 32, 8, 1, 255)),
+    ("dkv", 64): (Config(64, 128, 8, 2, 255), Config(32, 64, 4, 2, 255)),
+    ("dkv", 128): (Config(32, 64, 4, 2, 255), Config(16, 128, 8, 2, 255)),
+    ("dkv", 256): (Config(16, 32, 8, 1, 255), Config(16, 16, 8, 1, 255)),
 }
 # Before Hopper, and on AMD's GPUs, the matrix instructions read operands from registers.
 _HALF_REGISTERS = _HALF | {
     ("fwd", 64): (Config(128, 32, 8, 3, 255), Config(64, 32, 4, 3, 255)),
-    ("fwd", 128): (Config(64, 64, 8, 2, 255), Config(64, 32, 4, 2, 255)),
+    ("fwd", 128): (Config(64, 64, 8, 2, 255), Config(64, 32, 4, 2, 255), Config(64, 16, 4, 2, 255)),
+    ("few", 64): (Config(64, 32, 4, 3, 255),),
+    ("few", 128): (Config(64, 32, 4, 2, 255), Config(64, 32, 4, 2, 255), Config(64, 16, 4, 2, 255)),
     ("dq", 64): (Config(128, 32, 8, 2, 255), Config(32, 32, 4, 2, 255)),
-    ("dq", 128): (Config(64, 32, 4, 2, 255), Config(64, 32, 4, 2, 255)),
+    ("dq", 128): (Config(64, 32, 4, 2, 255), Config(64, 32, 4, 2, 255), Config(32, 32, 4, 2, 255)),
     ("dkv", 64): (Config(32, 64, 8, 2, 255), Config(32, 32, 4, 2, 255)),
     ("dkv", 128): (Config(32, 64, 8, 1, 255), Config(32, 32, 4, 1, 255)),
 }
 _FP32 = {
     ("fwd", 64): (Config(32, 32, 4, 1, 255), Config(32, 16, 4, 1, 255)),
-    ("fwd", 128): (Config(16, 16, 4, 1, 255), Config(16, 16, 4, 1, 255)),
-    ("dq", 64): (Config(32, 16, 4, 1, 255), Config(32, 16, 4, 1, 255)),
-    ("dq", 128): (Config(16, 16, 8, 1, 255), Config(16, 16, 8, 1, 255)),
-    ("dkv", 64): (Config(16, 32, 4, 1, 255), Config(16, 32, 4, 1, 255)),
-    ("dkv", 128): (Config(16, 16, 8, 1, 255), Config(16, 16, 8, 1, 255)),
+    ("fwd", 128): (Config(16, 16, 4, 1, 255),),
+    ("dq", 64): (Config(32, 16, 4, 1, 255),),
+    ("dq", 128): (Config(16, 16, 8, 1, 255),),
+    ("dkv", 64): (Config(16, 32, 4, 1, 255),),
+    ("dkv", 128): (Config(16, 16, 8, 1, 255),),
 }
 
 # Fewer programs than a large card has multiprocessors (132 on an H200) leave some idle.
 _FEW_PROGRAMS = 132
+
+
+def _for_busy(configs: tuple[Config, ...], busy: int) -> Config:
+    return configs[min(busy, len(configs) - 1)]
 
 
 def _check(kernel: str, shape: tuple[int, ...], dtype: torch.dtype, card: Card, config: Config) -> str | None:
@@ -238,17 +268,19 @@ def pick_config(kernel: str, shape: tuple[int, int, int, int], dtype: torch.dtyp
     kernel = kernel.rpartition("_")[2]
     block_d = max(64, head_block(D))
     if dtype.itemsize > 2:
-        config = _FP32[kernel, block_d][min(busy, 1)]
+        config = _for_busy(_FP32[kernel, block_d], busy)
     elif kernel == "fwd" and Sq <= 16:
         config = Config(16, 64 if block_d <= 128 else 32, 4, 2, 255)
     else:
         table = _HALF if card.capability >= 90 and not _launch.is_amd() else _HALF_REGISTERS
-        large, small = table[kernel, block_d]
-        few = kernel == "fwd" and heads * triton.cdiv(Sq, large.block_q) < _FEW_PROGRAMS
-        config = small if busy or few else large
+        if kernel == "fwd" and heads * triton.cdiv(Sq, table[kernel, block_d][0].block_q) < _FEW_PROGRAMS:
+            kernel = "few"
+        config = _for_busy(table[kernel, block_d], busy)
     if _launch.is_amd():
-        # Its waves have 64 lanes: as many threads as elsewhere with twice the warps.
-        config = replace(config, num_warps=4, num_stages=1 if kernel == "dkv" or busy else 2)
+        # Its waves have 64 lanes: as many threads as elsewhere with twice the warps. Reading ahead takes registers.
+        config = replace(config, num_warps=4, num_stages=1 if kernel == "dkv" or busy or block_d == 256 else 2)
+        if kernel == "dkv" and busy == 2:
+            config = replace(config, block_q=16)
     return config
 
 
@@ -346,36 +378,52 @@ def launch_cases(
 ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, Masks, float, torch.Tensor | None]]:
     """Name, q, k, masks, dropout_p and seed of every kind of launch that `pick_config` can choose, on empty tensors.
 
-    D over every block size; for heads of 64 also every kind of mask, for which the kernels have other code.
+    D over every block size; for heads of 64 also every kind of mask, for which the kernels have other code, and other
+    code again where its rows are not aligned: at 500 keys.
     """
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    B, H, S = 8, 12, 512
-    lengths = empty(B, dtype=torch.int32)
-    keys, pairs = (B, 1, 1, S), (B, 1, S, S)
-    kinds = {
-        "dense": Masks(None, None, False, ()),
-        "lengths": Masks(lengths, None, False, ()),
-        "lengths causal": Masks(lengths, None, True, ()),
-        "bool keys": Masks(None, empty(*keys, dtype=torch.bool).expand(B, H, S, S), False, ()),
-        "additive keys": Masks(lengths, empty(*keys).expand(B, H, S, S), False, ()),
-        "fp32 keys": Masks(None, empty(*keys, dtype=torch.float32).expand(B, H, S, S), True, ()),
-        "bool": Masks(None, empty(*pairs, dtype=torch.bool).expand(B, H, S, S), False, ()),
-        "additive": Masks(None, empty(B, H, S, S, dtype=torch.float32), False, ()),
-        "packing": Masks(None, None, False, (empty(S, dtype=torch.int32),) * 2),
-        "packing causal": Masks(None, None, True, (empty(S, dtype=torch.int32),) * 2),
-    }
-    cases = [(64, S, H, kind, 0.0) for kind in kinds]
-    cases += [(64, S, H, kind, 0.1) for kind in kinds if kind not in ("dense", "lengths causal", "packing causal")]
-    cases += [(D, S, H, "lengths", 0.0) for D in (16, 48, 80, 128, 256)]
-    cases += [(D, S, 2, "dense", 0.0) for D in (64, 128)]
-    cases += [(D, 1, H, "dense", 0.0) for D in (64, 256)]
-    for D, Sq, heads, kind, dropout_p in cases:
+    def kinds(S: int) -> dict[str, Masks]:
+        lengths = empty(B, dtype=torch.int32)
+        keys, pairs = (B, 1, 1, S), (B, 1, S, S)
+        return {
+            "dense": Masks(None, None, False, ()),
+            "lengths": Masks(lengths, None, False, ()),
+            "lengths causal": Masks(lengths, None, True, ()),
+            "bool keys": Masks(None, empty(*keys, dtype=torch.bool).expand(B, H, S, S), False, ()),
+            "additive keys": Masks(lengths, empty(*keys).expand(B, H, S, S), False, ()),
+            "fp32 keys": Masks(None, empty(*keys, dtype=torch.float32).expand(B, H, S, S), True, ()),
+            "bool": Masks(None, empty(*pairs, dtype=torch.bool).expand(B, H, S, S), False, ()),
+            "half": Masks(lengths, empty(*pairs).expand(B, H, S, S), True, ()),
+            "additive": Masks(None, empty(B, H, S, S, dtype=torch.float32), False, ()),
+            "packing": Masks(None, None, False, (empty(S, dtype=torch.int32),) * 2),
+            "packing causal": Masks(None, None, True, (empty(S, dtype=torch.int32),) * 2),
+        }
+
+    B, H, S, other = 8, 12, 512, 500
+    every = tuple(kinds(S))
+    cases = [(64, S, S, H, kind, 0.0) for kind in every if kind != "half"]
+    cases += [
+        (64, other, other, H, kind, 0.1) for kind in every if kind not in ("dense", "lengths causal", "packing causal")
+    ]
+    cases += [(64, other, other, H, "fp32 keys", 0.0)]
+    cases += [(16, other, other, H, "half", 0.1)]
+    cases += [(80, other, other, H, kind, 0.1) for kind in ("bool", "additive", "packing")]
+    cases += [(80, other, other, H, "fp32 keys", 0.0), (256, other, other, H, "fp32 keys", 0.0)]
+    cases += [(256, other, other, H, "half", 0.1)]
+    cases += [(D, S, S, H, "lengths", 0.0) for D in (16, 48, 80, 128, 256)]
+    cases += [(D, S, S, 2, "dense", 0.0) for D in (64, 128)]
+    cases += [(128, other, other, 2, "additive", 0.1)]
+    cases += [(D, 1, S, H, "dense", 0.0) for D in (64, 256)]
+    for D, Sq, Sk, heads, kind, dropout_p in cases:
         if dtype.itemsize > 2 and D > MAX_FP32_HEAD_SIZE:
             continue
-        rows = 1 if kinds[kind].packed else B
+        masks = kinds(Sk)[kind]
+        if masks.mask is not None:
+            masks = replace(masks, mask=masks.mask[:, :heads])
+        rows = 1 if masks.packed else B
         seed = empty(dtype=torch.int64) if dropout_p else None
-        name = f"D={D} Sq={Sq} H={heads} {kind} dropout={dropout_p}"
-        yield name, empty(rows, Sq, heads, D), empty(rows, S, heads, D), kinds[kind], dropout_p, seed
+        name = f"D={D} Sq={Sq} Sk={Sk} H={heads} {kind} dropout={dropout_p}"
+        yield name, empty(rows, Sq, heads, D), empty(rows, Sk, heads, D), masks, dropout_p, seed

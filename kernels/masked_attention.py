@@ -41,6 +41,7 @@ from ._attention import (
     known_length,
     launch_cases,
     mask_strides,
+    mask_tile,
     masked_scores,
     strides,
 )
@@ -96,12 +97,13 @@ def _attend(
     """The running softmax after the keys from begin to end."""
     for start in range(begin, end, BLOCK_K):
         offs_k = start + tl.arange(0, BLOCK_K)
+        j = offs_k[None, :]
+        mask = mask_tile(mask_ptr, i[:, None], j, stride_mq, stride_mk, Sq, Sk, MASK, KEY_MASK, BOUNDED)
         k = head_tile(k_ptr, offs_k, Sk, stride_kt, D, BLOCK_D, BOUNDED, CAST)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=acc.dtype) * scale
-        j = offs_k[None, :]
         s = masked_scores(
-            s, i[:, None], j, mask_ptr, stride_mq, stride_mk, Sq, Sk, length, j, first, last,
-            MASK, KEY_MASK, MASK_LOWEST, LOWEST, CAUSAL, HAS_LENGTHS, BOUNDED,
+            s, mask, i[:, None], j, Sq, Sk, length, j, first, last,
+            MASK, MASK_LOWEST, LOWEST, CAUSAL, HAS_LENGTHS, BOUNDED,
         )  # fmt: skip
         larger = tl.maximum(largest, tl.max(s, axis=1))
         p = tl.exp2(s - larger[:, None])

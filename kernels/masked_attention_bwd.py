@@ -19,6 +19,7 @@ from ._attention import (
     known_length,
     launch_cases,
     mask_strides,
+    mask_tile,
     masked_scores,
     strides,
 )
@@ -59,6 +60,7 @@ def _add_dq(
     stride_vt,
     stride_mq,
     stride_mk,
+    stride_dm,
     scale,
     dropout_p,
     dropout_scale,
@@ -81,13 +83,14 @@ def _add_dq(
     """dq / scale with what the keys from begin to end add; writes their dmask."""
     for start in range(begin, end, BLOCK_K):
         offs_k = start + tl.arange(0, BLOCK_K)
+        j = offs_k[None, :]
+        mask = mask_tile(mask_ptr, i[:, None], j, stride_mq, stride_mk, Sq, Sk, MASK, KEY_MASK, BOUNDED)
         k = head_tile(k_ptr, offs_k, Sk, stride_kt, D, BLOCK_D, BOUNDED, CAST)
         v = head_tile(v_ptr, offs_k, Sk, stride_vt, D, BLOCK_D, BOUNDED, CAST)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=dq.dtype) * scale
-        j = offs_k[None, :]
         s = masked_scores(
-            s, i[:, None], j, mask_ptr, stride_mq, stride_mk, Sq, Sk, length, j, first, last,
-            MASK, KEY_MASK, MASK_LOWEST, LOWEST, CAUSAL, HAS_LENGTHS, BOUNDED,
+            s, mask, i[:, None], j, Sq, Sk, length, j, first, last,
+            MASK, MASK_LOWEST, LOWEST, CAUSAL, HAS_LENGTHS, BOUNDED,
         )  # fmt: skip
         p = tl.exp2(s - largest[:, None]) * inverse[:, None]
         dp = tl.dot(dy, tl.trans(v), input_precision=PRECISION, out_dtype=dq.dtype)
@@ -96,16 +99,14 @@ def _add_dq(
             dp = tl.where(keep, dp * dropout_scale, 0.0)
         ds = p * (dp - delta[:, None])
         if DMASK:
-            offs_m = rows[:, None] * Sk + j
-            exists = (i < Sq)[:, None] & (j < Sk)
+            offs_m = rows[:, None] * stride_dm + j
+            exists = (i < Sq)[:, None] & (j < stride_dm)
             tl.store(dmask_ptr + offs_m, ds.to(dmask_ptr.dtype.element_ty), mask=exists)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=dq.dtype)
     return dq
 
 
-# Not Sq and Sk: where they are multiples of 16, dmask is written 16 bytes at a time, and the kernel of dk and dv keeps
-# what it has in registers (else it spilled on sm_90, triton 3.7.1).
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["B", "Sq", "Sk"])
 def _masked_attention_bwd_dq_kernel(
     dy_ptr,  # (B, Sq, H, D)
     q_ptr,  # (B, Sq, H, D)
@@ -120,7 +121,7 @@ def _masked_attention_bwd_dq_kernel(
     seed_ptr,  # () int64
     dq_ptr,  # (B, Sq, H, D)
     delta_ptr,  # (B, H, Sq) contiguous, fp32
-    dmask_ptr,  # (B, H, Sq, Sk) contiguous
+    dmask_ptr,  # (B, H, Sq, stride_dm) contiguous
     B,
     Sq,
     Sk,
@@ -132,6 +133,7 @@ def _masked_attention_bwd_dq_kernel(
     stride_yb, stride_yt, stride_yh,
     stride_dqb, stride_dqt, stride_dqh,
     stride_mb, stride_mh, stride_mq, stride_mk,
+    stride_dm,
     scale,
     dq_scale,
     dropout_p,
@@ -184,13 +186,15 @@ def _masked_attention_bwd_dq_kernel(
     dq = tl.zeros((BLOCK_Q, BLOCK_D), ACC)
     dq = _add_dq(
         dq, q, dy, largest, inverse, delta, k_ptr, v_ptr, mask_ptr, dmask_ptr, seed_ptr, rows, i, begin, full,
-        first, last, length, Sq, Sk, stride_kt, stride_vt, stride_mq, stride_mk, scale, dropout_p, dropout_scale,
+        first, last, length, Sq, Sk, stride_kt, stride_vt, stride_mq, stride_mk, stride_dm,
+        scale, dropout_p, dropout_scale,
         D, CAST, MASK, KEY_MASK, MASK_LOWEST, LOWEST, CAUSAL and not HAS_PACKING, HAS_LENGTHS, HAS_DROPOUT, DMASK,
         False, PRECISION, BLOCK_Q, BLOCK_K, BLOCK_D,
     )  # fmt: skip
     dq = _add_dq(
         dq, q, dy, largest, inverse, delta, k_ptr, v_ptr, mask_ptr, dmask_ptr, seed_ptr, rows, i, full, end,
-        first, last, length, Sq, Sk, stride_kt, stride_vt, stride_mq, stride_mk, scale, dropout_p, dropout_scale,
+        first, last, length, Sq, Sk, stride_kt, stride_vt, stride_mq, stride_mk, stride_dm,
+        scale, dropout_p, dropout_scale,
         D, CAST, MASK, KEY_MASK, MASK_LOWEST, LOWEST, CAUSAL and not HAS_PACKING, HAS_LENGTHS, HAS_DROPOUT, DMASK,
         True, PRECISION, BLOCK_Q, BLOCK_K, BLOCK_D,
     )  # fmt: skip
@@ -212,6 +216,7 @@ def _add_dkv(
     inverse_ptr,
     delta_ptr,
     mask_ptr,
+    key_mask,
     seed_ptr,
     first_row,
     j,
@@ -250,19 +255,21 @@ def _add_dkv(
         offs_q = start + tl.arange(0, BLOCK_Q)
         rows = first_row + offs_q
         exists = offs_q < end
+        i = offs_q[None, :]
+        mask = key_mask if KEY_MASK else mask_tile(mask_ptr, i, j, stride_mq, stride_mk, end, Sk, MASK, False, BOUNDED)
         q = head_tile(q_ptr, offs_q, end, stride_qt, D, BLOCK_D, True, CAST)
         dy = head_tile(dy_ptr, offs_q, end, stride_dyt, D, BLOCK_D, True, CAST)
-        # A query past the end has the probability 0 everywhere.
-        largest = tl.load(stats_ptr + rows, mask=exists, other=float("inf"))
-        inverse = tl.load(inverse_ptr + rows, mask=exists, other=0.0)
-        delta = tl.load(delta_ptr + rows, mask=exists, other=0.0)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=dk.dtype) * scale
-        i = offs_q[None, :]
         s = masked_scores(
-            s, i, j, mask_ptr, stride_mq, stride_mk, Sq, Sk, length, i, first, last,
-            MASK, KEY_MASK, MASK_LOWEST, LOWEST, CAUSAL, HAS_LENGTHS, BOUNDED,
+            s, mask, i, j, Sq, Sk, length, i, first, last,
+            MASK, MASK_LOWEST, LOWEST, CAUSAL, HAS_LENGTHS, BOUNDED,
         )  # fmt: skip
-        p = tl.exp2(s - largest[None, :]) * inverse[None, :]
+        # A thread has numbers of many queries: each is read when it is needed. Past the end are the scores of the last
+        # query, and the probability 0.
+        largest = tl.load(stats_ptr + tl.minimum(rows, first_row + end - 1))
+        p = tl.exp2(s - largest[None, :])
+        inverse = tl.load(inverse_ptr + rows, mask=exists, other=0.0)
+        p *= inverse[None, :]
         dp = tl.dot(v, tl.trans(dy), input_precision=PRECISION, out_dtype=dk.dtype)
         if HAS_DROPOUT:
             keep = tl.trans(keep_mask(seed_ptr, rows, first_k, dropout_p, BLOCK_Q, BLOCK_K))
@@ -271,12 +278,13 @@ def _add_dkv(
         else:
             dropped = p.to(dy.dtype)
         dv = tl.dot(dropped, dy, dv, input_precision=PRECISION, out_dtype=dv.dtype)
+        delta = tl.load(delta_ptr + rows, mask=exists, other=0.0)
         ds = p * (dp - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION, out_dtype=dk.dtype)
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["B", "Sq", "Sk"])
 def _masked_attention_bwd_dkv_kernel(
     dy_ptr,  # (B, Sq, H, D)
     q_ptr,  # (B, Sq, H, D)
@@ -356,23 +364,28 @@ def _masked_attention_bwd_dkv_kernel(
             if SKIP:
                 end = tl.where((length > 0) & (first_k >= length), begin, Sq)
             free = tl.where(first_k + BLOCK_K > length, end, free)
+    if MASK != NO_MASK and not KEY_MASK:
+        free = tl.where(first_k + BLOCK_K > Sk, end, free)  # where it is read without a look
 
     k = head_tile(k_ptr + b * stride_kb + h * stride_kh, offs_k, Sk, stride_kt, D, BLOCK_D, True, CAST)
     v = head_tile(v_ptr + b * stride_vb + h * stride_vh, offs_k, Sk, stride_vt, D, BLOCK_D, True, CAST)
     q_ptr += b * stride_qb + h * stride_qh
     dy_ptr += b * stride_dyb + h * stride_dyh
     inverse_ptr = stats_ptr + tl.cast(B, tl.int64) * H * Sq
+    key_mask = 0.0
+    if KEY_MASK:
+        key_mask = mask_tile(mask_ptr, 0, offs_k[:, None], stride_mq, stride_mk, Sq, Sk, MASK, True, True)
     dk = tl.zeros((BLOCK_K, BLOCK_D), ACC)
     dv = tl.zeros((BLOCK_K, BLOCK_D), ACC)
     dk, dv = _add_dkv(
-        dk, dv, k, v, q_ptr, dy_ptr, stats_ptr, inverse_ptr, delta_ptr, mask_ptr, seed_ptr, bh * Sq,
+        dk, dv, k, v, q_ptr, dy_ptr, stats_ptr, inverse_ptr, delta_ptr, mask_ptr, key_mask, seed_ptr, bh * Sq,
         offs_k[:, None], first_k, begin, free, first, last, length, Sq, Sk, stride_qt, stride_dyt, stride_mq, stride_mk,
         scale, dropout_p, dropout_scale,
         D, CAST, MASK, KEY_MASK, MASK_LOWEST, LOWEST, CAUSAL and not HAS_PACKING, HAS_LENGTHS,
         HAS_DROPOUT, True, PRECISION, BLOCK_Q, BLOCK_K, BLOCK_D,
     )  # fmt: skip
     dk, dv = _add_dkv(
-        dk, dv, k, v, q_ptr, dy_ptr, stats_ptr, inverse_ptr, delta_ptr, mask_ptr, seed_ptr, bh * Sq,
+        dk, dv, k, v, q_ptr, dy_ptr, stats_ptr, inverse_ptr, delta_ptr, mask_ptr, key_mask, seed_ptr, bh * Sq,
         offs_k[:, None], first_k, free, end, first, last, length, Sq, Sk, stride_qt, stride_dyt, stride_mq, stride_mk,
         scale, dropout_p, dropout_scale,
         D, CAST, MASK, KEY_MASK, MASK_LOWEST, LOWEST, CAUSAL and not HAS_PACKING, HAS_LENGTHS,
@@ -399,15 +412,17 @@ def masked_attention_bwd(
     need_dmask: bool,
     out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """dq, dk and dv, with the shapes and the dtype of q, k and v, and with need_dmask dmask (B, H, Sq, Sk).
+    """dq, dk and dv, with the shapes and the dtype of q, k and v, and with need_dmask dmask (B, H, Sq, Sk or more).
 
     The first three are `out`, of any strides with a contiguous last dimension, dk's and dv's the same, or new and
-    contiguous. dmask has the dtype of the statistics.
+    contiguous. dmask has the dtype of the statistics, and as many keys as the next multiple of 16, so that all rows are
+    written 16 bytes at a time.
     """
     B, Sq, H, _ = q.shape
     Sk = k.shape[1]
     dq, dk, dv = out or [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)]
-    dmask = torch.zeros(B, H, Sq, Sk, dtype=stats.dtype, device=q.device) if need_dmask else None
+    stride_dm = triton.cdiv(Sk, 16) * 16
+    dmask = torch.zeros(B, H, Sq, stride_dm, dtype=stats.dtype, device=q.device) if need_dmask else None
     if 0 in (dq.numel(), dk.numel()):
         return dq.zero_(), dk.zero_(), dv.zero_(), dmask
     delta = torch.empty(B, H, Sq, dtype=stats.dtype, device=q.device)
@@ -431,6 +446,7 @@ def masked_attention_bwd(
             *sizes,
             *strides(dy, q, k, v, y, dq),
             *mask_strides(masks.mask),
+            stride_dm,
             scale * LOG2E.value,
             scale,
             *dropout,

@@ -293,7 +293,7 @@ def _bwd(dy, q, k, v, y, stats, lengths, mask, packed, causal, dropout_p, seed, 
 
 def _bwd_fake(dy, q, k, v, y, stats, lengths, mask, packed, causal, dropout_p, seed, scale, need_dmask):
     B, Sq, H, _ = q.shape
-    dmask = stats.new_empty(B, H, Sq, k.shape[1]) if need_dmask else q.new_empty(0)
+    dmask = stats.new_empty(B, H, Sq, (k.shape[1] + 15) // 16 * 16) if need_dmask else q.new_empty(0)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dmask
 
 
@@ -370,5 +370,5 @@ class _MaskedAttention(torch.autograd.Function):
         dq, dk, dv, dmask = _backward(
             dy, q, k, v, y, stats, lengths, mask, packed, causal, dropout_p, seed, scale, need_dmask
         )
-        dmask = dmask.sum_to_size(mask.shape).to(mask.dtype) if need_dmask else None
+        dmask = dmask[..., : k.shape[1]].sum_to_size(mask.shape).to(mask.dtype) if need_dmask else None
         return dq, dk, dv, dmask, None, None, None, None, None, None
