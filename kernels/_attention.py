@@ -314,15 +314,18 @@ class Masks:
         """Whether there is a mask that is the same for all queries."""
         return self.mask is not None and (self.mask.stride(2) == 0 or self.mask.shape[2] == 1)
 
-    def busy(self, dropout_p: float) -> int:
-        """What each score costs beside: 2 for a mask of pairs, which takes shared memory too, 1 for registers alone, of
-        a packing's bounds or dropout, or 0."""
-        return 2 if self.of_pairs else int(bool(self.packed) or dropout_p > 0.0)
+    def busy(self, dropout_p: float, dtype: torch.dtype) -> int:
+        """What each score costs beside, for q of a dtype: 2 for a mask of pairs, which takes shared memory too, 1 for
+        registers alone, of a packing's bounds, dropout or a mask of keys wider than q, or 0."""
+        if self.of_pairs:
+            return 2
+        wide = self.mask is not None and self.mask.dtype.itemsize > dtype.itemsize
+        return int(bool(self.packed) or dropout_p > 0.0 or wide)
 
     def config(self, kernel: str, q: torch.Tensor, dropout_p: float) -> Config:
         """The launch config of a kernel for q (B, Sq, H, D)."""
         B, Sq, H, D = q.shape
-        return pick_config(kernel, (B * H, Sq, D, self.busy(dropout_p)), q.dtype, _launch.card(q))
+        return pick_config(kernel, (B * H, Sq, D, self.busy(dropout_p, q.dtype)), q.dtype, _launch.card(q))
 
     def pointers(self, *, of_keys: bool) -> tuple[torch.Tensor | None, ...]:
         """lengths, mask, first and last as the kernels take them."""
