@@ -487,6 +487,9 @@ def test_calls_that_keep_the_padding(source, family, warnings):
         assert_equal({"": actual}, {"": expected})
         assert "head_mask has more than two dimensions" in warnings.text
         forget(warnings)
+    elif source == "transformers" and family != "ConvBert":
+        assert_keeps(model, fast, inputs, warnings, "head_mask is given", head_mask=torch.ones(4))
+        forget(warnings)
     layer = fast.encoder.layer[1]
     handle = layer.attention.self.register_forward_hook(lambda module, args, output: None)
     assert_keeps(model, fast, inputs, warnings, f"the attention of a {type(layer).__name__} is not a fused one")

@@ -18,7 +18,7 @@ from fastconv.reference import Cache, Packing
 from fastconv.reference.ops import RelativePositions
 
 # Keyword arguments that callers pass on and that no attention looks at, or only for its cache.
-_IGNORED = {
+IGNORED = {
     "position_ids",
     "cache_position",
     "use_cache",
@@ -75,7 +75,7 @@ class FastForward(StandIn):
         given.update(kwargs)
         for name, argument in given.items():
             known = name in ("attention_mask", "head_mask", "encoder_hidden_states", "past_key_values")
-            asked = argument is not None and (argument is not False or name == "is_causal") and name not in _IGNORED
+            asked = argument is not None and (argument is not False or name == "is_causal") and name not in IGNORED
             # A **kwargs of the original takes names that it does nothing with.
             if asked and not (known and name in self.fastconv_arguments):
                 return None

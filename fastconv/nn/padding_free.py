@@ -16,6 +16,7 @@ import torch
 
 from fastconv.graphs import Graphs
 from fastconv.nn._modules import RunsEagerly
+from fastconv.nn.attention import IGNORED
 from fastconv.ops._eager import unobserved
 from fastconv.reference import Packing
 
@@ -182,6 +183,10 @@ class PaddingFree:
         for name in _KEEPS:
             if given.get(name) is not None and given[name] is not False:
                 return f"{name} is given"
+        for name, value in given.items():
+            # transformers passes it on to the attention, which the fused one isn't for.
+            if value is not None and value is not False and name not in self.fastconv_arguments and name not in IGNORED:
+                return f"{name} is given, which its forward doesn't name"
         if isinstance(head_mask, torch.Tensor) and head_mask.dim() > 2:
             return "head_mask has more than two dimensions"
         if getattr(config, "output_attentions", False):
